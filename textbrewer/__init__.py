@@ -1,0 +1,70 @@
+"""Knowledge distillation and model compression: a small fast model out of a big trained one."""
+
+from textbrewer import (
+    configurations,
+    data_utils,
+    distillers,
+    losses,
+    presets,
+    projections,
+    schedulers,
+    utils,
+)
+from textbrewer.adaptors import ADAPTOR_KEYS, FEATURES
+from textbrewer.configurations import DistillationConfig, IntermediateMatch, TrainingConfig
+from textbrewer.distillers import (
+    BasicDistiller,
+    BasicTrainer,
+    CustomMatch,
+    GeneralDistiller,
+    MultiTaskDistiller,
+    MultiTeacherDistiller,
+)
+from textbrewer.presets import register_new
+from textbrewer.registry import (
+    KD_LOSS_MAP,
+    MATCH_LOSS_MAP,
+    PROJ_MAP,
+    TEMPERATURE_SCHEDULER,
+    WEIGHT_SCHEDULER,
+)
+
+__version__ = "0.3.0.dev0"
+
+Distillers = {
+    "Basic": BasicDistiller,
+    "General": GeneralDistiller,
+    "MultiTeacher": MultiTeacherDistiller,
+    "MultiTask": MultiTaskDistiller,
+    "Train": BasicTrainer,
+}
+"""The distillers by the names that TextBrewer gave them."""
+
+__all__ = [
+    "ADAPTOR_KEYS",
+    "FEATURES",
+    "KD_LOSS_MAP",
+    "MATCH_LOSS_MAP",
+    "PROJ_MAP",
+    "TEMPERATURE_SCHEDULER",
+    "WEIGHT_SCHEDULER",
+    "BasicDistiller",
+    "BasicTrainer",
+    "CustomMatch",
+    "DistillationConfig",
+    "Distillers",
+    "GeneralDistiller",
+    "IntermediateMatch",
+    "MultiTaskDistiller",
+    "MultiTeacherDistiller",
+    "TrainingConfig",
+    "configurations",
+    "data_utils",
+    "distillers",
+    "losses",
+    "presets",
+    "projections",
+    "register_new",
+    "schedulers",
+    "utils",
+]

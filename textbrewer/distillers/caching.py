@@ -1,0 +1,134 @@
+"""``is_caching_logits``: the teacher's outputs kept in main memory with the batches they belong to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from textbrewer.adaptors import Views
+from textbrewer.engine import LoaderBatches
+from textbrewer.engine import rng
+from textbrewer.engine.batches import generators_of
+from textbrewer.matching import PlannedMatch
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A batch with what the teachers said of it.
+
+    Args:
+        batch: the batch, as the loader and the post-processor gave it.
+        results_T: the views of each teacher, on the CPU.
+    """
+
+    batch: Any
+    results_T: list[Views]
+
+
+class CachedBatches(LoaderBatches):
+    """A loader read once; then its batches with the teachers' outputs, in a new order every pass.
+
+    The order is Python's ``random.shuffle`` of the order before, as in TextBrewer.
+
+    Args:
+        loader: the user's loader.
+        postprocess: applied to each batch once, when it is read.
+        name: the loader's name, for messages.
+        remember: runs the teachers on a batch.
+        quiet: whether to show no progress bar.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        postprocess: Callable[[Any], Any] | None,
+        name: str,
+        remember: Callable[[Any], Remembered],
+        quiet: bool,
+    ) -> None:
+        super().__init__(loader, None, name)
+        self.prepare_batch, self.remember, self.quiet = postprocess, remember, quiet
+        self.entries: list[Remembered] | None = None
+        self.order: list[int] = []
+        self._build_start: rng.State | None = None
+        self._order_before: list[int] = []
+
+    @property
+    def size(self) -> int | None:
+        """Batches a pass, ``None`` while that is unknown."""
+        return super().size if self.entries is None else len(self.entries)
+
+    def build(self) -> None:
+        """Read the loader once and run the teachers on every batch.
+
+        Raises:
+            ValueError: if the loader is empty.
+        """
+        self._build_start = rng.take(generators_of(self.loader))
+        bar = tqdm(self.loader, desc="Teacher outputs", unit="batch", disable=self.quiet, dynamic_ncols=True)
+        batches = (batch if self.prepare_batch is None else self.prepare_batch(batch) for batch in bar)
+        self.entries = [self.remember(batch) for batch in batches]
+        self.order = list(range(len(self.entries)))
+
+    def _begin(self, skipping: int = 0) -> Iterator[Any]:
+        if self.entries is None:
+            self.build()
+        entries = self.entries or []
+        self._pass_start = rng.take(generators_of(self.loader))
+        self._order_before = list(self.order)
+        random.shuffle(self.order)
+        return iter([entries[number] for number in self.order[skipping:]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the data, with the order of the batches and the random numbers they were read with."""
+        state = super().state_dict()
+        return {
+            **state,
+            "build_start": self._build_start,
+            "order": self._order_before if state["taken"] else self.order,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Read the loader again as it was read first, and go to the place."""
+        if state["build_start"] is not None:
+            rng.put(state["build_start"], generators_of(self.loader))
+            self.build()
+            self.order = list(state["order"])
+        super().load_state_dict(state)
+
+
+def needed(views: Views, plan: Sequence[PlannedMatch], everything: bool) -> Views:
+    """Return the part of a teacher's views that the losses read, on the CPU.
+
+    Args:
+        views: a teacher's views.
+        plan: the matches with this teacher.
+        everything: keep all that the adaptor returned, for a ``compute_loss`` of the user's own.
+    """
+    layers: dict[str, set[int]] = {}
+    for planned in plan:
+        wanted = planned.match.layer_T
+        layers.setdefault(planned.match.feature, set()).update(wanted if isinstance(wanted, list) else [wanted])
+    kept: dict[str, Any] = {}
+    for key, value in views.items():
+        if everything or key in ("logits", "logits_mask", "inputs_mask"):
+            kept[key] = to_cpu(value)
+        elif key in layers:
+            count = len(value)
+            numbers = {layer % count for layer in layers[key] if -count <= layer < count}
+            kept[key] = [to_cpu(item) if number in numbers else None for number, item in enumerate(value)]
+    return Views(kept, captured={number: to_cpu(item) for number, item in views.captured.items()})
+
+
+def to_cpu(value: Any) -> Any:
+    """Return tensors, also within lists, detached on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu")
+    if isinstance(value, (list, tuple)):
+        return [to_cpu(item) for item in value]
+    return value

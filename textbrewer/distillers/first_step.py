@@ -1,0 +1,97 @@
+"""What is checked once, on the first batch's views, before the first update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from textbrewer.adaptors import Views
+from textbrewer.losses import mmd_loss
+from textbrewer.matching import PlannedMatch, select
+
+_OUT_OF_BOUNDS = re.compile(r"[Tt]arget -?\d+ is out of bounds|out of range in self|index out of range")
+
+
+def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch]) -> None:
+    """Check labels, layers and widths; reads the device once.
+
+    Raises:
+        ValueError: if labels are outside the classes, or widths differ without a projection.
+        KeyError, IndexError: if a feature or layer is missing.
+    """
+    check_labels(results_S)
+    for planned in plan:
+        match = planned.match
+        feature_T = select(results_T[match.teacher], match.feature, match.layer_T, "teacher")
+        feature_S = results_S.projected.get(planned.number)
+        if feature_S is None:
+            feature_S = select(results_S, match.feature, match.layer_S, "student")
+        if match.feature == "hidden" and planned.loss is not mmd_loss:
+            check_widths(planned, _first(feature_S), _first(feature_T))
+
+
+def check_widths(planned: PlannedMatch, feature_S: Tensor, feature_T: Tensor) -> None:
+    """Raise ValueError unless the student's (projected) feature has the teacher's width."""
+    width_S, width_T = feature_S.shape[-1], feature_T.shape[-1]
+    if width_S == width_T:
+        return
+    if planned.match.proj is None:
+        remedy = f"add 'proj': 'linear' (or ['linear', {width_S}, {width_T}]) to the match"
+    else:
+        remedy = f"name the teacher's width {width_T} as the last number of proj {planned.match.proj!r}"
+    raise ValueError(
+        f"match {planned.name!r}: the student's width must be the teacher's, {width_T}, got {width_S}; {remedy}"
+    )
+
+
+def check_labels(results_S: Views) -> None:
+    """Raise ValueError if a label is not a class of its head's logits (negative labels are ignored ones)."""
+    heads, labels = results_S.get("logits", []), results_S.get("labels", [])
+    if len(heads) != len(labels):
+        return
+    for head, label in zip(heads, labels, strict=True):
+        if label.is_floating_point() or label.shape != head.shape[:-1] or label.numel() == 0:
+            continue
+        largest = int(label.max())
+        if largest >= head.shape[-1]:
+            raise ValueError(
+                f"labels must be less than the number of classes, {head.shape[-1]}, got {largest}; "
+                "give the models as many classes (num_labels), or map the labels"
+            )
+
+
+def widths(
+    results_S: Views, results_T: Sequence[Views], matches: Sequence[PlannedMatch]
+) -> dict[int, tuple[int | None, int | None]]:
+    """Return the widths of each match's features, student's and teacher's, by its number."""
+    found: dict[int, tuple[int | None, int | None]] = {}
+    for planned in matches:
+        match = planned.match
+        feature_S = _first(select(results_S, match.feature, match.layer_S, "student"))
+        feature_T = _first(select(results_T[match.teacher], match.feature, match.layer_T, "teacher"))
+        found[planned.number] = (feature_S.shape[-1], feature_T.shape[-1])
+    return found
+
+
+def _first(feature: Any) -> Tensor:
+    tensor: Tensor = feature[0] if isinstance(feature, (list, tuple)) else feature
+    return tensor
+
+
+@contextmanager
+def explained(batch: Any) -> Iterator[None]:
+    """Turn a model's bare "out of bounds" into an error that names the labels of the batch."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor) or not _OUT_OF_BOUNDS.search(str(error)):
+            raise
+        raise ValueError(
+            f"labels must be classes of the model, got labels from {int(labels.min())} to {int(labels.max())}: {error}; "
+            "give the models as many classes (num_labels), or map the labels"
+        ) from error

@@ -1,0 +1,42 @@
+"""Distillation on logits and intermediate features, from one teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from textbrewer.adaptors import Adaptor
+from textbrewer.configurations import DistillationConfig, TrainingConfig
+from textbrewer.distillers.single_task import SingleTaskDistiller
+from textbrewer.matching import CustomMatch
+
+
+class GeneralDistiller(SingleTaskDistiller):
+    """Distils one teacher's logits and intermediate features into a student: the one to start with.
+
+    Args:
+        train_config: how to train.
+        distill_config: what to learn.
+        model_T: the teacher.
+        model_S: the student.
+        adaptor_T: what the teacher's outputs mean, or ``"auto"`` for a transformers model.
+        adaptor_S: what the student's outputs mean, likewise.
+        custom_matches: matches between the outputs of any two modules, as ``CustomMatch`` or dicts with its fields.
+    """
+
+    def __init__(
+        self,
+        train_config: TrainingConfig,
+        distill_config: DistillationConfig,
+        model_T: nn.Module,
+        model_S: nn.Module,
+        adaptor_T: Adaptor | str,
+        adaptor_S: Adaptor | str,
+        custom_matches: Sequence[CustomMatch | Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(
+            train_config, distill_config, {"": [model_T]}, model_S, {"": [adaptor_T]}, {"": adaptor_S}, custom_matches
+        )
+        self.model_T, self.adaptor_T, self.adaptor_S = model_T, adaptor_T, adaptor_S

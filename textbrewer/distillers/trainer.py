@@ -1,0 +1,126 @@
+"""Supervised training of one model, to make a teacher or a baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textbrewer import adaptors, checks, engine
+from textbrewer.adaptors import Adaptor
+from textbrewer.configurations import TrainingConfig
+from textbrewer.distillers import first_step, terms, training, weighting
+from textbrewer.distillers.frozen import Modes, modes_of, set_modes
+from textbrewer.distillers.student import StudentModule
+from textbrewer.engine.batches import LoaderBatches, size_of
+from textbrewer.engine.sharding import shard
+from textbrewer.engine.step_plan import plan_steps
+
+
+class BasicTrainer:
+    """Trains a model on the sum of its adaptor's ``losses``.
+
+    Args:
+        train_config: how to train.
+        model: the model.
+        adaptor: what its outputs mean, or ``"auto"`` for a transformers model; must return ``losses``.
+    """
+
+    def __init__(self, train_config: TrainingConfig, model: nn.Module, adaptor: Adaptor | str) -> None:
+        checks.is_a(train_config, TrainingConfig, "train_config", "a TrainingConfig")
+        checks.is_a(model, nn.Module, "model", "a torch module")
+        self.t_config = dataclasses.replace(train_config)
+        self.model = model
+        self.adaptor = adaptors.resolve(adaptor, "adaptor")
+        self._modes_before: Modes | None = None
+
+    def __enter__(self) -> BasicTrainer:
+        """Put the model in train mode."""
+        self._modes_before = modes_of([self.model])
+        self.model.train()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Put the mode back."""
+        if self._modes_before is not None:
+            set_modes(self._modes_before)
+            self._modes_before = None
+
+    def train(
+        self,
+        optimizer: torch.optim.Optimizer,
+        dataloader: Iterable[Any],
+        num_epochs: int | None = None,
+        scheduler_class: Callable[..., Any] | None = None,
+        scheduler_args: Mapping[str, Any] | None = None,
+        scheduler: Any = None,
+        max_grad_norm: float = -1.0,
+        num_steps: int | None = None,
+        callback: Callable[..., Any] | None = None,
+        batch_postprocessor: Callable[[Any], Any] | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+        **args: Any,
+    ) -> None:
+        """Train the model; the arguments are those of :meth:`GeneralDistiller.train`.
+
+        Raises:
+            TypeError, ValueError, KeyError: if an argument, or what the adaptor returns, cannot work.
+            NonFiniteError: if a loss or gradient is NaN or infinite.
+        """
+        training.check_loader(dataloader, "dataloader")
+        training.check_arguments(
+            optimizer, self.model, self.t_config.output_dir, max_grad_norm, callback, resume_from
+        )
+        plan_steps(self.t_config, num_epochs, num_steps, [size_of(dataloader)])
+        runtime = engine.Runtime(self.t_config)
+        entered = self._modes_before is None
+        if entered:
+            self.__enter__()
+        try:
+            loader = shard(dataloader, runtime.rank, runtime.world, runtime.agree)
+            plan = plan_steps(self.t_config, None if num_steps is not None else num_epochs, num_steps, [size_of(loader)])
+            exact = self.t_config.accumulation_weighting == "positions"
+            job = engine.Job(
+                module=StudentModule(self.model, {"": self.adaptor}, {}).to(runtime.device),
+                student=self.model,
+                optimizer=optimizer,
+                source=LoaderBatches(loader, batch_postprocessor),
+                step=_Step(runtime, args),
+                scheduler=training.make_scheduler(optimizer, scheduler_class, scheduler_args, scheduler),
+                max_grad_norm=max_grad_norm,
+                callback=callback,
+                shares=(lambda batches: weighting.shares(batches, runtime, self.count_positions)) if exact else None,
+                settings=self.t_config.to_dict(),
+            )
+            engine.run(job, self.t_config, runtime, plan, resume_from)
+        finally:
+            if entered:
+                self.__exit__()
+
+    def count_positions(self, batch: Any) -> weighting.Counts:
+        """Count what the losses average over; see :meth:`GeneralDistiller.count_positions`."""
+        return weighting.count_positions(batch)
+
+
+class _Step:
+    """One forward pass: the model's own losses."""
+
+    def __init__(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> None:
+        self.runtime, self.model_args = runtime, model_args
+
+    def __call__(self, module: nn.Module, batch: Any, progress: float, share: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.runtime.to_device(batch)
+        with first_step.explained(batch):
+            views = adaptors.Views(module(batch, self.model_args)["views"])
+        if "losses" not in views:
+            raise KeyError(
+                f"BasicTrainer optimises 'losses', but the adaptor returned only {sorted(views)}; return the loss under "
+                "that key (a transformers model has one when the batch has labels)"
+            )
+        now = terms.Now(0.0, 1.0, share)
+        loss, _ = terms.total(terms.hard_label_terms(views, now), now)
+        return loss, {}

@@ -1,0 +1,21 @@
+"""The only training loop of the library; it knows batches, losses and checkpoints, and nothing of distillation."""
+
+from textbrewer.engine.batches import LoaderBatches, Source, TaskBatches, first_batch
+from textbrewer.engine.checkpoint import find_checkpoint
+from textbrewer.engine.loop import Job, run
+from textbrewer.engine.rng import kept as rng_kept
+from textbrewer.engine.runtime import Runtime
+from textbrewer.engine.step_plan import StepPlan
+
+__all__ = [
+    "Job",
+    "LoaderBatches",
+    "Runtime",
+    "Source",
+    "StepPlan",
+    "TaskBatches",
+    "find_checkpoint",
+    "first_batch",
+    "rng_kept",
+    "run",
+]

@@ -1,0 +1,273 @@
+"""The training loop: windows of micro-batches, one optimiser step each, with checkpoints, resume and orderly stops."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textbrewer.configurations import TrainingConfig
+from textbrewer.engine.batches import Source
+from textbrewer.engine.interrupts import Interruption, caught
+from textbrewer.engine.runtime import Runtime
+from textbrewer.engine.saving import Saver
+from textbrewer.engine.step_plan import StepPlan
+from textbrewer.engine.tracking import NonFiniteError, Tracker
+
+Logs = dict[str, Tensor]
+Step = Callable[[nn.Module, Any, float, Any], tuple[Tensor, Logs]]
+
+
+@dataclass
+class Job:
+    """What to train, on what, and how a batch becomes a loss.
+
+    Args:
+        module: what is trained and checkpointed, the student with its projections.
+        student: the part of it that ``gs{step}.pkl`` holds and the callback gets.
+        optimizer: over the module's parameters.
+        source: the batches.
+        step: ``step(module, batch, progress, share) -> (loss, logs)``: one forward pass. ``progress`` runs from 0 to
+            1; ``share`` is this batch's entry of ``shares``, or ``None``.
+        scheduler: learning-rate schedule, stepped after each optimiser step.
+        teachers: further models, for precisions that must know them.
+        max_grad_norm: gradients are clipped to this norm over the whole module; not positive: not clipped.
+        callback: ``callback(model=student, step=global_step)`` after each checkpoint.
+        shares: for a window's batches, how much each counts for each kind of average; ``None``: all alike.
+        settings: for trackers.
+    """
+
+    module: nn.Module
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    source: Source
+    step: Step
+    scheduler: Any = None
+    teachers: Sequence[nn.Module] = ()
+    max_grad_norm: float = -1.0
+    callback: Callable[..., Any] | None = None
+    shares: Callable[[list[Any]], Sequence[Any]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    job: Job, config: TrainingConfig, runtime: Runtime, plan: StepPlan, resume_from: str | os.PathLike[str] | None = None
+) -> int:
+    """Train, and return the number of optimiser steps done in all.
+
+    Args:
+        job: what to train.
+        config: settings.
+        runtime: the machine.
+        plan: the run's length and checkpoints.
+        resume_from: a checkpoint's folder, or ``"latest"``: the newest in the output folder, if there is one.
+
+    Raises:
+        ValueError: if the checkpoint cannot be resumed from, or the data ends too soon.
+        NonFiniteError: if a loss or gradient is NaN or infinite (with fp16 scaling, gradients only skip a step).
+        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the step is finished and saved.
+    """
+    return _Loop(job, config, runtime, plan).run(resume_from)
+
+
+class _Loop:
+    def __init__(self, job: Job, config: TrainingConfig, runtime: Runtime, plan: StepPlan) -> None:
+        self.job, self.config, self.runtime, self.plan = job, config, runtime, plan
+        self.global_step = 0
+        self.saved_step: int | None = None
+        self.saver = Saver(Path(config.output_dir), config.save_total_limit, runtime, uuid.uuid4().hex)
+        self.wants_norm = job.max_grad_norm > 0 or runtime.reads_are_free
+        self.module: nn.Module = job.module
+        self.optimizer: Any = job.optimizer
+        self.parameters: list[nn.Parameter] = []
+        self.tracker: Tracker
+
+    def run(self, resume_from: str | os.PathLike[str] | None) -> int:
+        resumed = self.saver.open(resume_from, self.job.module)
+        self.module, self.optimizer = self.runtime.prepare(self.job.module, self.job.optimizer, self.job.teachers)
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.optimizer.zero_grad()
+        callback_due = False
+        if resumed is not None:
+            self.global_step = self.saved_step = resumed.global_step
+            callback_due = self.saver.restore(resumed, self.optimizer, self.job.scheduler, self.job.source)
+        self.tracker = Tracker(
+            self.config,
+            self.runtime,
+            self.plan.total_steps,
+            self.global_step,
+            resumed.records if resumed else 0,
+            self.job.settings,
+        )
+        try:
+            if resumed is not None:
+                self.tracker.say(f"Resumed from {resumed.path} at step {self.global_step}")
+            if callback_due:
+                self._callback()
+            with caught() as interruption:
+                while not self._done():
+                    self._window()
+                    self._stop_if_asked(interruption)
+                self.tracker.flush()
+        finally:
+            self.tracker.close()
+        return self.global_step
+
+    def _done(self) -> bool:
+        if self.plan.num_epochs is not None:
+            return self.job.source.epoch >= self.plan.num_epochs
+        return self.global_step >= (self.plan.total_steps or 0)
+
+    def _next(self) -> tuple[Any, bool] | None:
+        """Return the next batch and whether it ends the pass; ``None`` when the pass ended before it."""
+        source = self.job.source
+        if self.plan.num_epochs is None:
+            return source.next_forever(), False
+        try:
+            batch = source.next_in_pass()
+        except StopIteration:
+            return None
+        if source.taken != source.size:
+            return batch, False
+        source.end_pass()
+        return batch, True
+
+    def _window(self) -> None:
+        """Do one optimiser step, over as many micro-batches as the window has."""
+        epoch, count, ended = self.job.source.epoch, 0, False
+        if self.job.shares is None:
+            batch = None
+            item = None
+            for number in range(self.plan.accumulation):
+                item = self._next()
+                if item is None:
+                    ended = True
+                    break
+                batch, ended = item
+                count += 1
+                last = ended or number + 1 == self.plan.accumulation
+                self._micro_batch(batch, last, None)
+                if ended:
+                    break
+            # A pass that ended unforeseen: the last micro-batch did not know that it was the window's last.
+            synced = item is not None
+        else:
+            batches, ended = self._collect()
+            count, synced = len(batches), True
+            for number, (batch, share) in enumerate(zip(batches, self.job.shares(batches), strict=True)):
+                self._micro_batch(batch, number + 1 == count, share)
+        if count == 0:
+            self._pass_ended_late(epoch)
+            return
+        self._update(batch, count, synced)
+        if self.plan.checkpoint_due(self.global_step, epoch, ended, self._done()):
+            self._checkpoint()
+
+    def _collect(self) -> tuple[list[Any], bool]:
+        """Return all batches of a window, and whether the pass ended with it."""
+        batches: list[Any] = []
+        while len(batches) < self.plan.accumulation:
+            item = self._next()
+            if item is None:
+                return batches, True
+            batches.append(item[0])
+            if item[1]:
+                return batches, True
+        return batches, False
+
+    def _pass_ended_late(self, epoch: int) -> None:
+        """Write the checkpoint of a pass whose end showed only when no batch came (a loader without a length)."""
+        if self.saved_step != self.global_step and self.plan.checkpoint_due(self.global_step, epoch, True, self._done()):
+            self._checkpoint()
+
+    def _micro_batch(self, batch: Any, last: bool, share: Any) -> None:
+        runtime = self.runtime
+        with runtime.micro_batch(self.module, last):
+            loss, logs = self.job.step(self.module, batch, self.plan.progress(self.global_step), share)
+            self.tracker.record(self.global_step + 1, {"total_loss": loss, **logs})
+            if runtime.reads_are_free and not math.isfinite(loss.item()):
+                self.tracker.flush()
+            runtime.backward(loss if self.plan.accumulation == 1 else loss / self.plan.accumulation, self.optimizer)
+
+    def _update(self, batch: Any, count: int, synced: bool) -> None:
+        """Clip, check, and step optimiser and schedule."""
+        if not synced:
+            self.runtime.average_gradients(self.parameters)
+        if count < self.plan.accumulation:
+            factor = self.plan.accumulation / count
+            torch._foreach_mul_([item.grad for item in self.parameters if item.grad is not None], factor)
+        if self.wants_norm:
+            norm = self.runtime.gradient_norm(self.parameters, self.optimizer, self.job.max_grad_norm)
+            if self.runtime.scaler is None and self.runtime.reads_are_free and not math.isfinite(norm.item()):
+                self._blame(batch)
+        self.optimizer.step()
+        self.global_step += 1
+        if self.optimizer.step_was_skipped:
+            warnings.warn(f"step {self.global_step}: gradients overflowed fp16; step skipped, scale lowered", stacklevel=2)
+        elif self.job.scheduler is not None:
+            self.job.scheduler.step()
+        self.optimizer.zero_grad()
+        self.tracker.bar.update(1)
+        if self.global_step % self.config.logging_steps == 0:
+            self.tracker.flush({"lr": self.optimizer.param_groups[0]["lr"]})
+
+    def _blame(self, batch: Any) -> None:
+        """Raise for a gradient that is not finite, naming the terms that gave it for the window's last batch."""
+        _, logs = self.job.step(self.module, batch, self.plan.progress(self.global_step), None)
+        culprits = []
+        for name, term in logs.items():
+            if isinstance(term, Tensor) and term.requires_grad:
+                grads = torch.autograd.grad(term, self.parameters, retain_graph=True, allow_unused=True)
+                if not all(bool(grad.isfinite().all()) for grad in grads if grad is not None):
+                    culprits.append(name)
+        terms = ", ".join(culprits) or "the total loss"
+        raise NonFiniteError(
+            f"step {self.global_step + 1}: the gradient of {terms} is not finite. The training stopped before the "
+            "update; the last checkpoint is good. Check the batch, lower the learning rate, or clip with max_grad_norm"
+        )
+
+    def _checkpoint(self) -> None:
+        """Save, then call back; the student with a loss that is not finite is never saved."""
+        self.tracker.flush()
+        self.saver.save(
+            self.global_step,
+            self.tracker.records,
+            self.job,
+            self.plan,
+            callback_due=self.job.callback is not None,
+        )
+        self.saved_step = self.global_step
+        if self.job.callback is not None:
+            self._callback()
+
+    def _callback(self) -> None:
+        """Evaluate; random numbers that the callback draws are part of the run, and kept for a resume."""
+        if self.job.callback is not None:
+            self.job.callback(model=self.job.student, step=self.global_step)
+            self.job.student.train()
+        self.saver.callback_done(self.job.source)
+
+    def _stop_if_asked(self, interruption: Interruption) -> None:
+        """After a signal: save what is done, say so, and end."""
+        alone = self.runtime.world == 1
+        if not alone and self.global_step % self.config.logging_steps != 0:
+            return
+        if not self.runtime.any_rank(bool(interruption)):
+            return
+        if self.saved_step != self.global_step:
+            self.tracker.flush()
+            self.saver.save(self.global_step, self.tracker.records, self.job, self.plan, callback_due=False)
+        message = (
+            f"Training interrupted at step {self.global_step} and saved; go on with resume_from='latest' "
+            f"(output_dir {self.config.output_dir!r})"
+        )
+        self.tracker.say(message)
+        interruption.stop(message)

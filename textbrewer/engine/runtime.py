@@ -1,0 +1,209 @@
+"""The machine of one run: device, processes, precision, and the backward pass under them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, convert_to_fp32, send_to_device
+from torch import Tensor, nn
+
+from textbrewer.configurations import TrainingConfig
+
+Optimizer = torch.optim.Optimizer
+
+
+class Runtime:
+    """Device, processes and precision of a run.
+
+    Accelerate keeps its state once a process. A run sets that state up anew for its own device and precision, so
+    several distillers with different ones can follow each other.
+
+    Args:
+        config: device, precision, distribution and trackers.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.precision = _precision(config)
+        self.apex: Any = _import_apex() if self.precision == "apex" else None
+        self.accelerator = _accelerator(config, self.precision)
+        self.device: torch.device = self.accelerator.device
+        self.world: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.is_main = self.rank == 0
+        self.scaler: Any = self.accelerator.scaler
+        self.reads_are_free = self.device.type == "cpu"
+
+    def prepare(
+        self, module: nn.Module, optimizer: Optimizer, teachers: Sequence[nn.Module] = ()
+    ) -> tuple[nn.Module, Any]:
+        """Return module and optimiser made ready: moved to the device, under mixed precision, distributed.
+
+        Args:
+            module: what is trained.
+            optimizer: its optimiser.
+            teachers: models that Apex has to know; elsewhere they need nothing.
+        """
+        module.to(self.device)
+        if self.apex is not None:
+            models, optimizer = self.apex.amp.initialize(
+                [module, *teachers], optimizer, opt_level=self.config.fp16_opt_level
+            )
+            module = models[0]
+        if self.config.data_parallel and torch.cuda.device_count() > 1:
+            module = nn.DataParallel(module)
+        module = self.accelerator.prepare_model(module)
+        return module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+
+    def to_device(self, batch: Any) -> Any:
+        """Return the batch on the device; tuples, dicts, named tuples and packed sequences keep their type."""
+        return send_to_device(batch, self.device, non_blocking=True)
+
+    def to_float32(self, outputs: Any) -> Any:
+        """Return a model's outputs with half-precision tensors as float32, if this run has mixed precision."""
+        return convert_to_fp32(outputs) if self.precision in ("bf16", "fp16") else outputs
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which a forward pass has this run's precision."""
+        return self.accelerator.autocast() if self.precision in ("bf16", "fp16") else nullcontext()
+
+    def micro_batch(self, module: nn.Module, sync: bool) -> AbstractContextManager[Any]:
+        """Return the context of one forward and backward pass; gradients are exchanged only if ``sync``."""
+        return nullcontext() if sync or self.world == 1 else self.accelerator.no_sync(module)
+
+    def backward(self, loss: Tensor, optimizer: Any) -> None:
+        """Add the loss's gradients, scaled as the precision needs it."""
+        if self.apex is None:
+            self.accelerator.backward(loss)
+        else:
+            with self.apex.amp.scale_loss(loss, optimizer.optimizer) as scaled:
+                scaled.backward()
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average gradients over the processes by hand, for a window whose end came unforeseen."""
+        if self.world == 1:
+            return
+        for parameter in parameters:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.world
+
+    def gradient_norm(self, parameters: Sequence[nn.Parameter], optimizer: Any, limit: float) -> Tensor:
+        """Return the norm of the gradients, unscaled, after clipping them to ``limit`` (not clipped if not positive)."""
+        if self.apex is not None:
+            parameters = list(self.apex.amp.master_params(optimizer.optimizer))
+        else:
+            self.accelerator.unscale_gradients(optimizer)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        return self.accelerator.reduce(value, "sum") if self.world > 1 else value
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether the flag is set on any process (waits for the device)."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum_over_ranks(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def agree(self, value: int) -> int:
+        """Return rank 0's number."""
+        return int(self.share(value))
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's object."""
+        if self.world == 1:
+            return value
+        return broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+
+def _precision(config: TrainingConfig) -> str:
+    """Return the configured precision, or the launcher's (``accelerate launch --mixed_precision``) where none is.
+
+    Raises:
+        ValueError: for fp16 on a CPU, which accelerate would ignore.
+    """
+    precision = config.precision
+    if precision == "no" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16"):
+        precision = os.environ["ACCELERATE_MIXED_PRECISION"]
+    if precision == "fp16" and torch.device(config.device or "cpu").type == "cpu":
+        raise ValueError("precision='fp16' (fp16=True) needs a GPU, and the device is 'cpu'; use precision='bf16' there")
+    return precision
+
+
+def _accelerator(config: TrainingConfig, precision: str) -> Accelerator:
+    device = torch.device(config.device or "cpu")
+    cpu = device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    launched = _enter_launched_world(config, device)
+    if not cpu and device.index is not None and not launched:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=config.log_with,
+            project_dir=config.log_dir or config.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+            step_scheduler_with_optimizer=False,
+        )
+    finally:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"training under {accelerator.distributed_type} is not supported; launch with torchrun, or with an "
+            "accelerate configuration of plain data-parallel training"
+        )
+    return accelerator
+
+
+def _enter_launched_world(config: TrainingConfig, device: torch.device) -> bool:
+    """Make the launcher's variables visible where the user started the processes; return whether there are several.
+
+    Raises:
+        ValueError: if ``local_rank`` is given outside a distributed launch.
+    """
+    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if config.local_rank == -1 and not initialised:
+        return int(os.environ.get("LOCAL_RANK", -1)) != -1
+    if config.local_rank != -1 and not initialised and "RANK" not in os.environ:
+        raise ValueError(
+            f"local_rank={config.local_rank}, but this process belongs to no distributed training; start the script "
+            "with torchrun or accelerate launch, or call torch.distributed.init_process_group first"
+        )
+    if initialised:
+        local_rank = config.local_rank if config.local_rank != -1 else torch.distributed.get_rank()
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+        os.environ.setdefault("WORLD_SIZE", str(torch.distributed.get_world_size()))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    return True
+
+
+def _import_apex() -> Any:
+    try:
+        import apex
+        import apex.amp
+    except ImportError as error:
+        raise ImportError(
+            "precision='apex' needs NVIDIA Apex, which is not installed; precision='fp16' is torch's own mixed "
+            "precision and needs nothing more"
+        ) from error
+    return apex

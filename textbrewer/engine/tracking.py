@@ -1,0 +1,142 @@
+"""What a run says while it works: progress bar, tensorboard, accelerate's trackers; one reading of the device each time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from textbrewer.configurations import TrainingConfig
+from textbrewer.engine.runtime import Runtime
+
+logger = logging.getLogger("textbrewer")
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is NaN or infinite; the message says in which step and which term."""
+
+
+class Tracker:
+    """Collects the losses of every micro-batch on the device and reads them all at once at each :meth:`flush`.
+
+    Args:
+        config: log folder, trackers, progress bar.
+        runtime: the run's machine; only its first process writes.
+        total_steps: for the bar; ``None`` if unknown.
+        first_step: where the bar starts, after a resume.
+        records: micro-batches logged before, after a resume: the next tensorboard step.
+        settings: the run's settings, for trackers.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        runtime: Runtime,
+        total_steps: int | None,
+        first_step: int,
+        records: int,
+        settings: dict[str, Any],
+    ) -> None:
+        self.runtime, self.records = runtime, records
+        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        self._writer: Any = None
+        if config.log_dir is not None and runtime.is_main:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(log_dir=config.log_dir)
+        self._trackers = bool(config.log_with)
+        if self._trackers:
+            runtime.accelerator.init_trackers("textbrewer", config=settings)
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (config.progress_bar and runtime.is_main),
+        )
+
+    def record(self, step: int, logs: Mapping[str, Tensor | float]) -> None:
+        """Keep a micro-batch's losses; nothing is read from the device.
+
+        Args:
+            step: the number of the optimiser step under way, from 1.
+            logs: ``total_loss`` and the unweighted terms, scalars on the device.
+        """
+        self._pending.append((step, {name: self._detached(value) for name, value in logs.items()}))
+
+    def _detached(self, value: Tensor | float) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.tensor(float(value), device=self.runtime.device)
+        return value.detach()
+
+    def flush(self, show: dict[str, float] | None = None) -> None:
+        """Read what was kept, write it, and check that it is finite.
+
+        Args:
+            show: further figures for the bar, such as the learning rate.
+
+        Raises:
+            NonFiniteError: if a loss is NaN or infinite.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        device = self.runtime.device
+        values = torch.stack([value.float().reshape(()).to(device) for _, logs in pending for value in logs.values()])
+        numbers = iter(values.tolist())
+        rows = [(step, {name: next(numbers) for name in logs}) for step, logs in pending]
+        for _, row in rows:
+            self._write(row)
+        for step, row in rows:
+            check_finite(step, row, self.runtime.scaler is not None)
+        shown = {name.removeprefix("unweighted_"): f"{value:.4g}" for name, value in rows[-1][1].items()}
+        self.bar.set_postfix({**shown, **{name: f"{value:.3g}" for name, value in (show or {}).items()}}, refresh=False)
+
+    def _write(self, row: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in row.items():
+                self._writer.add_scalar(f"scalar/{name}", value, self.records)
+        if self._trackers:
+            self.runtime.accelerator.log(row, step=self.records)
+        self.records += 1
+
+    def say(self, message: str) -> None:
+        """Log a line, and print it above the bar if there is one."""
+        logger.info(message)
+        if not self.bar.disable:
+            self.bar.write(message)
+
+    def close(self) -> None:
+        """Finish bar and logs."""
+        self.bar.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._trackers:
+            self.runtime.accelerator.end_training()
+
+
+def check_finite(step: int, losses: dict[str, float], scaled: bool) -> None:
+    """Raise if a loss is NaN or infinite.
+
+    Args:
+        step: the optimiser step, for the message.
+        losses: ``total_loss`` and its terms.
+        scaled: whether a gradient scaler is at work.
+
+    Raises:
+        NonFiniteError: naming the step and the terms.
+    """
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    terms = [name for name in bad if name != "total_loss"] or bad
+    also = " (fp16 overflows beyond 65504: bf16 does not)" if scaled else ""
+    raise NonFiniteError(
+        f"step {step}: {', '.join(terms)} is {losses[terms[0]]}{also}. The training stopped; the last checkpoint is good. "
+        "Check the batch (labels, masks), lower the learning rate, or clip with max_grad_norm"
+    )

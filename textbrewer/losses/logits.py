@@ -1,0 +1,219 @@
+r"""Losses between logits, for classes that exclude each other (ce, kl), that do not (sigmoid), or for regression (mse).
+
+A logit of :math:`-\infty` says that the model does not have the class. Such a class adds nothing: a class that the
+student does not have is taken out of the teacher's softmax too, and means over classes count the classes that both
+models have. A class that only the teacher lacks has the target 0 in ce and kl, as the formula says.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own custom)
+from torch import Tensor
+
+from textbrewer import checks
+from textbrewer.losses.masking import (
+    averaged_over,
+    clear_masked,
+    full_precision,
+    position_weights,
+    same_shape,
+    weighted_mean,
+)
+from textbrewer.registry import KD_LOSS_MAP
+
+__all__ = ["kd_ce_loss", "kd_kl_loss", "kd_mse_loss", "kd_sigmoid_loss"]
+
+
+class _Softened(NamedTuple):
+    """Logits divided by the temperature, ``(*positions, classes)``, with 0 for what is masked or absent."""
+
+    student: Tensor
+    teacher: Tensor
+    student_absent: Tensor
+    teacher_absent: Tensor
+    temperature: float | Tensor
+    weight: Tensor | None
+
+
+def _per_position(temperature: float | Tensor, logits: Tensor, weight: Tensor | None) -> float | Tensor:
+    """Return the temperature as a number, a 0-dim tensor, or ``(*positions, 1)`` with 1 at masked positions."""
+    checks.positive_temperature(temperature)
+    if not isinstance(temperature, Tensor):
+        return temperature
+    temperature = temperature.to(device=logits.device, dtype=logits.dtype)
+    if temperature.numel() == 1:
+        return temperature.reshape(())
+    if temperature.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"temperature must be a number or a tensor of shape {tuple(logits.shape[:-1])}, one value a position, "
+            f"got a tensor of shape {tuple(temperature.shape)}"
+        )
+    if weight is not None:
+        temperature = temperature.masked_fill(weight == 0, 1.0)
+    return temperature.unsqueeze(-1)
+
+
+def _soften(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor, mask: Tensor | None) -> _Softened:
+    """Check the arguments, and divide the logits by the temperature."""
+    same_shape(logits_S, logits_T, "logits", "both models must score the same classes at the same positions")
+    student, teacher = full_precision(logits_S, logits_T)
+    weight = position_weights(None if mask is None else mask != 0, student, student.shape[:-1])
+    tau = _per_position(temperature, student, weight)
+    student, teacher = clear_masked(student, weight), clear_masked(teacher, weight)
+    absent_S, absent_T = student.isneginf(), teacher.isneginf()
+    # Zero first, then divide: the gradient of -inf / tau with respect to tau would be NaN.
+    student, teacher = student.masked_fill(absent_S, 0.0) / tau, teacher.masked_fill(absent_T, 0.0) / tau
+    return _Softened(student, teacher, absent_S, absent_T, tau, weight)
+
+
+def _log_distributions(soft: _Softened) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logarithms of the student's and the teacher's distributions, and where a class is absent."""
+    absent = soft.student_absent | soft.teacher_absent
+    # A low finite number instead of -inf: the exponential is 0 all the same, and a position without any class gives
+    # a finite row. Half of the lowest, so that subtracting the largest logit does not overflow.
+    low = torch.finfo(soft.student.dtype).min / 2
+    log_q = F.log_softmax(soft.student.masked_fill(soft.student_absent, low), dim=-1)
+    log_p = F.log_softmax(soft.teacher.masked_fill(absent, low), dim=-1)
+    return log_q, log_p, absent
+
+
+def _mean_over_present(values: Tensor, soft: _Softened) -> Tensor:
+    """Return the mean of ``values`` over the classes that both models have."""
+    absent = soft.student_absent | soft.teacher_absent
+    present = (~absent).sum(dim=-1).clamp(min=1)
+    return values.masked_fill(absent, 0.0).sum(dim=-1) / present
+
+
+@KD_LOSS_MAP.add("mse")
+@averaged_over("positions")
+def kd_mse_loss(
+    logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    r"""Mean squared error between softened logits.
+
+    .. math:: L = \frac1{N C} \sum_n \sum_c \left(\frac{s_{nc} - t_{nc}}{\tau_n}\right)^2
+
+    Args:
+        logits_S: student logits, ``(batch, classes)`` or ``(batch, length, classes)``.
+        logits_T: teacher logits, same shape.
+        temperature: positive number, 0-dim tensor, or tensor of shape ``logits_S.shape[:-1]``.
+        mask: ``logits_S.shape[:-1]``, zero where a position does not count; None: all count.
+
+    Returns:
+        Scalar mean over the kept positions and their classes, float32 or wider; 0 where no position is kept.
+
+    Raises:
+        ValueError: if shapes do not fit or ``temperature`` is a number that is not positive.
+
+    Reference:
+        Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014, arXiv:1312.6184, section 2.
+    """
+    soft = _soften(logits_S, logits_T, temperature, mask)
+    absent = soft.student_absent | soft.teacher_absent
+    difference = (soft.student - soft.teacher).masked_fill(absent, 0.0)
+    return weighted_mean(_mean_over_present(difference.square(), soft), soft.weight)
+
+
+@KD_LOSS_MAP.add("ce")
+@averaged_over("positions")
+def kd_ce_loss(
+    logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    r"""Cross-entropy of the student under the teacher's softened distribution.
+
+    .. math::
+        L = -\frac1N \sum_n \sum_c p_{nc} \log q_{nc}, \qquad
+        p_n = \mathrm{softmax}(t_n / \tau_n), \quad q_n = \mathrm{softmax}(s_n / \tau_n)
+
+    The KL divergence plus the teacher's entropy, so its gradient is that of the KL divergence. Not multiplied by
+    :math:`\tau^2`, as in TextBrewer; ``"kl"`` is.
+
+    Args:
+        logits_S: student logits, ``(batch, classes)`` or ``(batch, length, classes)``.
+        logits_T: teacher logits, same shape.
+        temperature: positive number, 0-dim tensor, or tensor of shape ``logits_S.shape[:-1]``.
+        mask: ``logits_S.shape[:-1]``, zero where a position does not count; None: all count.
+
+    Returns:
+        Scalar mean over the kept positions, in nats, float32 or wider; 0 where no position is kept.
+
+    Raises:
+        ValueError: if shapes do not fit or ``temperature`` is a number that is not positive.
+
+    Reference:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
+    """
+    soft = _soften(logits_S, logits_T, temperature, mask)
+    log_q, log_p, absent = _log_distributions(soft)
+    terms = (log_p.exp() * log_q).masked_fill(absent, 0.0)
+    return weighted_mean(-terms.sum(dim=-1), soft.weight)
+
+
+@KD_LOSS_MAP.add("kl")
+@averaged_over("positions")
+def kd_kl_loss(
+    logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    r"""KL divergence of the student from the teacher, times the squared temperature.
+
+    .. math::
+        L = \frac1N \sum_n \tau_n^2 \sum_c p_{nc} \left(\log p_{nc} - \log q_{nc}\right), \qquad
+        p_n = \mathrm{softmax}(t_n / \tau_n), \quad q_n = \mathrm{softmax}(s_n / \tau_n)
+
+    Zero where the student agrees with the teacher. The factor keeps the size of the gradient, which is
+    :math:`\tau (q - p) / N`, about the same at every temperature.
+
+    Args:
+        logits_S: student logits, ``(batch, classes)`` or ``(batch, length, classes)``.
+        logits_T: teacher logits, same shape.
+        temperature: positive number, 0-dim tensor, or tensor of shape ``logits_S.shape[:-1]``.
+        mask: ``logits_S.shape[:-1]``, zero where a position does not count; None: all count.
+
+    Returns:
+        Scalar mean over the kept positions, in nats, float32 or wider; 0 where no position is kept.
+
+    Raises:
+        ValueError: if shapes do not fit or ``temperature`` is a number that is not positive.
+
+    Reference:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
+    """
+    soft = _soften(logits_S, logits_T, temperature, mask)
+    log_q, log_p, absent = _log_distributions(soft)
+    terms = (log_p.exp() * (log_p - log_q)).masked_fill(absent, 0.0)
+    return weighted_mean((terms * soft.temperature**2).sum(dim=-1), soft.weight)
+
+
+@KD_LOSS_MAP.add("sigmoid")
+@averaged_over("positions")
+def kd_sigmoid_loss(
+    logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    r"""Binary cross-entropy under the teacher's softened probabilities, for labels that do not exclude each other.
+
+    .. math::
+        L = -\frac1{N C} \sum_n \tau_n^2 \sum_c \left[p_{nc} \log q_{nc} + (1 - p_{nc}) \log (1 - q_{nc})\right],
+        \qquad p = \sigma(t / \tau), \quad q = \sigma(s / \tau)
+
+    Args:
+        logits_S: student logits, ``(batch, classes)`` or ``(batch, length, classes)``.
+        logits_T: teacher logits, same shape.
+        temperature: positive number, 0-dim tensor, or tensor of shape ``logits_S.shape[:-1]``.
+        mask: ``logits_S.shape[:-1]``, zero where a position does not count; None: all count.
+
+    Returns:
+        Scalar mean over the kept positions and their classes, in nats, float32 or wider; 0 where no position is kept.
+
+    Raises:
+        ValueError: if shapes do not fit or ``temperature`` is a number that is not positive.
+
+    Reference:
+        Hinton, Vinyals, Dean, 2015, arXiv:1503.02531, section 2, with each label a distribution over yes and no.
+    """
+    soft = _soften(logits_S, logits_T, temperature, mask)
+    target = torch.sigmoid(soft.teacher)
+    terms = F.binary_cross_entropy_with_logits(soft.student, target, reduction="none") * soft.temperature**2
+    return weighted_mean(_mean_over_present(terms, soft), soft.weight)

@@ -1,0 +1,127 @@
+"""Intermediate matches made ready for training: their losses, log names, projections, and how to pick the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from textbrewer.configurations import IntermediateMatch, Projection
+from textbrewer.presets import MATCH_LOSS_MAP, PROJ_MAP
+
+Feature = Any
+"""A tensor, or a list of two for losses that take pairs of layers."""
+
+
+@dataclass(frozen=True)
+class PlannedMatch:
+    """A match with what training needs of it.
+
+    Args:
+        number: its place in ``intermediate_matches``.
+        match: the configuration.
+        loss: the loss function.
+        name: name in the log, without the leading ``unweighted_``; unique within a plan.
+    """
+
+    number: int
+    match: IntermediateMatch
+    loss: Callable[..., Tensor]
+    name: str
+
+
+def plan_matches(matches: Sequence[IntermediateMatch]) -> list[PlannedMatch]:
+    """Return the matches with their losses and log names.
+
+    A name is TextBrewer's ``<feature>_<loss>_<layer_S>_<layer_T>``; further matches of the same name get ``_2``, ...
+    """
+    plan: list[PlannedMatch] = []
+    seen: dict[str, int] = {}
+    for number, match in enumerate(matches):
+        name = f"{match.feature}_{match.loss}_{_layer_name(match.layer_S)}_{_layer_name(match.layer_T)}"
+        seen[name] = seen.get(name, 0) + 1
+        unique = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        plan.append(PlannedMatch(number, match, MATCH_LOSS_MAP[match.loss], unique))
+    return plan
+
+
+def _layer_name(layers: int | list[int]) -> str:
+    return "-".join(str(layer) for layer in layers) if isinstance(layers, list) else str(layers)
+
+
+def build_projection(projection: Projection, width_S: int | None = None, width_T: int | None = None) -> nn.Module | None:
+    """Return the module of a projection, ``None`` while its widths are not known.
+
+    Args:
+        projection: the parsed ``proj``; widths that it names count before the following.
+        width_S: the student's width.
+        width_T: the teacher's width.
+    """
+    dim_in, dim_out = projection.dim_S or width_S, projection.dim_T or width_T
+    if dim_in is None or dim_out is None:
+        return None
+    module: nn.Module = PROJ_MAP[projection.kind](dim_in, dim_out)
+    return module
+
+
+def width_of_model(model: nn.Module, feature: str) -> int | None:
+    """Return the width of a model's hidden states as its configuration tells it, ``None`` if it does not."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    return width if feature == "hidden" and isinstance(width, int) else None
+
+
+def select(views: Mapping[str, Any], feature: str, layers: int | list[int], who: str) -> Feature:
+    """Return the features of the named layers from one side's views.
+
+    Args:
+        views: the adaptor's dict in normal form.
+        feature: ``"hidden"`` or ``"attention"``.
+        layers: a layer number, or a list of them (gives a list).
+        who: ``"student"`` or ``"teacher"``, for messages.
+
+    Raises:
+        KeyError: if the adaptor returned no such feature; the message says how to get it.
+        IndexError: if there is no such layer.
+    """
+    if feature not in views:
+        raise KeyError(
+            f"an intermediate match needs {feature!r} of the {who}, but adaptor_{who[0].upper()} returned only "
+            f"{sorted(views)}; {_remedy(feature)}"
+        )
+    sequence = views[feature]
+    if isinstance(layers, list):
+        return [_layer(sequence, layer, feature, who) for layer in layers]
+    return _layer(sequence, layers, feature, who)
+
+
+def _layer(sequence: Any, layer: int, feature: str, who: str) -> Tensor:
+    count = len(sequence)
+    if count == 0:
+        raise KeyError(f"{feature!r} of the {who} is empty; {_remedy(feature)}")
+    if not -count <= layer < count:
+        raise IndexError(
+            f"layer_{who[0].upper()}={layer} is out of range: {feature!r} of the {who} has {count} entries, "
+            f"0 to {count - 1}"
+        )
+    value = sequence[layer]
+    if not isinstance(value, Tensor):
+        raise KeyError(f"{feature!r} of the {who} holds {type(value).__name__} at layer {layer}; {_remedy(feature)}")
+    return value
+
+
+def _remedy(feature: str) -> str:
+    if feature == "attention":
+        return (
+            "return the attention maps under that key. A transformers model gives them only when it is called with "
+            "output_attentions=True and was loaded with attn_implementation='eager' (its default, sdpa, computes "
+            "none); or capture them with textbrewer.hooks"
+        )
+    if feature == "hidden":
+        return (
+            "return the hidden states under that key. A transformers model gives them when it is called with "
+            "output_hidden_states=True, as in train(..., output_hidden_states=True); or capture them with "
+            "textbrewer.hooks"
+        )
+    return "return a list of tensors under that key"

@@ -1,0 +1,95 @@
+"""Projections: small modules that bring a student's feature to the teacher's width."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules import activation
+
+from textbrewer import checks
+from textbrewer.registry import PROJ_MAP, suggestion
+
+__all__ = ["linear_projection", "projection_with_activation"]
+
+_WEIGHT_STD = 0.02
+
+
+def _needs_no_arguments(module: type[nn.Module]) -> bool:
+    """Return whether the module can be built by its name alone."""
+    try:
+        inspect.signature(module).bind()
+    except TypeError:
+        return False
+    return True
+
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    name: getattr(activation, name) for name in activation.__all__ if _needs_no_arguments(getattr(activation, name))
+}
+
+
+@PROJ_MAP.add("linear")
+def linear_projection(dim_in: int, dim_out: int) -> nn.Linear:
+    """Return a linear layer with bias, its weights drawn from a normal distribution of deviation 0.02, its bias 0.
+
+    Args:
+        dim_in: width of the student's feature.
+        dim_out: width of the teacher's feature.
+
+    Raises:
+        ValueError: if a width is not a positive whole number.
+    """
+    checks.integer(dim_in, "dim_in", minimum=1)
+    checks.integer(dim_out, "dim_out", minimum=1)
+    # Built the ordinary way, its first weights drawn and thrown away: TextBrewer draws them too, and a seed must give
+    # the same numbers here and in whatever is drawn next.
+    linear = nn.Linear(int(dim_in), int(dim_out))
+    nn.init.normal_(linear.weight, mean=0.0, std=_WEIGHT_STD)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def projection_with_activation(act_fn: str | type[nn.Module]) -> Callable[[int, int], nn.Sequential]:
+    """Return a function that builds a linear projection followed by an activation of its own.
+
+    Args:
+        act_fn: the activation: the name of one in ``torch.nn`` ("GELU"), or a module class that takes no arguments.
+
+    Returns:
+        ``f(dim_in, dim_out) -> module``, to be used as an entry of ``PROJ_MAP``.
+
+    Raises:
+        ValueError: if the name is unknown.
+        TypeError: if ``act_fn`` is neither a name nor a module class, or the class needs arguments.
+    """
+    if isinstance(act_fn, str):
+        if act_fn not in _ACTIVATIONS:
+            raise ValueError(
+                f"act_fn must be the name of an activation in torch.nn, got {act_fn!r}; "
+                f"{suggestion(act_fn, _ACTIVATIONS)}"
+            )
+        make_activation = _ACTIVATIONS[act_fn]
+    elif isinstance(act_fn, type) and issubclass(act_fn, nn.Module):
+        if not _needs_no_arguments(act_fn):
+            raise TypeError(
+                f"act_fn must be a module class that takes no arguments, got {act_fn.__name__}; "
+                "derive a class that sets them"
+            )
+        make_activation = act_fn
+    else:
+        raise TypeError(
+            f"act_fn must be the name of an activation or a module class, got {act_fn!r}; "
+            f"{suggestion(act_fn, _ACTIVATIONS)}"
+        )
+
+    def projection(dim_in: int, dim_out: int) -> nn.Sequential:
+        """Return a linear layer as :func:`linear_projection` makes it, and a new activation."""
+        return nn.Sequential(linear_projection(dim_in, dim_out), make_activation())
+
+    return projection
+
+
+PROJ_MAP.add("relu")(projection_with_activation("ReLU"))
+PROJ_MAP.add("tanh")(projection_with_activation("Tanh"))

@@ -1,0 +1,108 @@
+"""Tables of named functions: a ``dict`` whose errors list the known names, and the five tables of the library."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """Return ``"known: a, b"``, headed by ``"did you mean 'a'? "`` where one of them resembles ``name``."""
+    names = [str(item) for item in known]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(names)}"
+
+
+class Registry(dict[str, Callable[..., Any]]):
+    """A table of functions by name.
+
+    An ordinary ``dict`` (assignment, ``in`` and iteration work), plus :meth:`add` to register while defining,
+    and :meth:`make` to build an entry from a specification such as ``["flsw", 1, 2]``.
+
+    Args:
+        kind: what the entries are, for error messages ("KD loss").
+        entries: the first entries.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        super().__init__(entries or {})
+        self.kind = kind
+
+    def add(self, *names: str) -> Callable[[F], F]:
+        """Return a decorator that registers a function under one or several names.
+
+        Raises:
+            ValueError: without a name, or if a name is taken already.
+        """
+        if not names:
+            raise ValueError(f"a {self.kind} must be given at least one name")
+        for name in names:
+            if name in self:
+                raise ValueError(f"{self.kind} {name!r} is registered already; assign to the table to replace it")
+
+        def register(function: F) -> F:
+            for name in names:
+                self[name] = function
+            return function
+
+        return register
+
+    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"the name of a {self.kind} must be a non-empty string, got {name!r}")
+        if not callable(function):
+            raise TypeError(f"{self.kind} {name!r} must be callable, got {function!r}")
+        super().__setitem__(name, function)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return the entry named ``key``; a list or tuple ``[name, *arguments]`` calls the entry (see :meth:`make`)."""
+        if isinstance(key, (list, tuple)):
+            return self.make(key)
+        return super().__getitem__(key)
+
+    def __missing__(self, key: object) -> Any:
+        raise KeyError(f"unknown {self.kind} {key!r}; {suggestion(key, self)}")
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, (list, tuple)):
+            return bool(key) and super().__contains__(key[0])
+        return super().__contains__(key)
+
+    def make(self, spec: str | Sequence[Any]) -> Any:
+        """Return an entry, or what it builds.
+
+        Args:
+            spec: a name: the entry itself; ``[name, *arguments]`` or ``[name, {keyword: value}]``: the entry called
+                with these arguments, and its result returned.
+
+        Raises:
+            KeyError: if the name is not in the table.
+            TypeError: if the arguments do not fit the entry.
+        """
+        if isinstance(spec, str):
+            return self[spec]
+        if not isinstance(spec, (list, tuple)) or not spec:
+            raise TypeError(f"a {self.kind} must be a name or a list [name, *arguments], got {spec!r}")
+        function, arguments = self[spec[0]], spec[1:]
+        try:
+            if len(arguments) == 1 and isinstance(arguments[0], Mapping):
+                return function(**arguments[0])
+            return function(*arguments)
+        except TypeError as error:
+            raise TypeError(f"{self.kind} {list(spec)!r}: {error}") from error
+
+
+KD_LOSS_MAP = Registry("KD loss")
+"""Losses between logits: ``f(logits_S, logits_T, temperature) -> scalar``."""
+MATCH_LOSS_MAP = Registry("match loss")
+"""Losses between intermediate features: ``f(feature_S, feature_T, mask=None) -> scalar``."""
+PROJ_MAP = Registry("projection")
+"""Modules that bring a student's feature to the teacher's width: ``f(dim_in, dim_out) -> Module``."""
+WEIGHT_SCHEDULER = Registry("weight scheduler")
+"""Factors of a loss weight over training: ``f(progress) -> factor``, progress from 0 to 1."""
+TEMPERATURE_SCHEDULER = Registry("temperature scheduler")
+"""Temperatures by batch: ``f(logits_S, logits_T, base_temperature) -> number or tensor``."""
