@@ -7,6 +7,7 @@ original: ``benchmarks/parity/compare.py``.
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ TOLERANCE = 1e-3
 
 
 @pytest.fixture
-def run_one(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def run_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The benchmark's runner, with torch's numbers of threads as it was when the reference was recorded."""
     monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks" / "parity"))
     threads = torch.get_num_threads()

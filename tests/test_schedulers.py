@@ -98,8 +98,9 @@ def test_no_temperature_reaches_zero(schedule, base):
 @both
 def test_a_low_base_temperature_is_respected(schedule):
     beta_0 = TEMPERATURE_SCHEDULER[["flsw", 0, 2] if schedule is FLSW else ["cwsm", 0]]
-    assert beta_0(*TWO, 0.05).tolist() == pytest.approx([0.05] * 3)
-    assert schedule(*TWO, 0.05).min().item() == pytest.approx(0.05)
+    for base in (0.05, torch.tensor(0.05), torch.full((3,), 0.05)):
+        assert beta_0(*TWO, base).tolist() == pytest.approx([0.05] * 3)
+        assert schedule(*TWO, base).min().item() == pytest.approx(0.05)
 
 
 @both

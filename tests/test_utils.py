@@ -201,6 +201,17 @@ def test_sparse_and_quantised_tensors():
     assert tree["packed"].value[1] == pytest.approx((12 * 1 + 3 * 4) / 2**20)
 
 
+def test_a_sparse_tensor_under_two_names_of_a_module():
+    model, sparse = nn.Module(), torch.eye(3).to_sparse()
+    model.register_buffer("a", sparse)
+    model.register_buffer("b", sparse)
+    _, tree = display_parameters(model)
+    assert [(node.name, node.value[0]) for node in tree.children_name.values()] == [
+        ("a(buffer)", 9),
+        ("b(buffer)(shared)", 0),
+    ]
+
+
 def test_ratios_and_rows_add_up():
     model = nn.TransformerEncoderLayer(16, 2, 32)
     text, tree = display_parameters(model)

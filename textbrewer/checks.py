@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from textbrewer.registry import suggestion
+from textbrewer.names import suggestion
 
 
 def one_of(value: object, known: Iterable[str], name: str) -> None:
@@ -29,7 +29,7 @@ def known_keys(keys: Iterable[str], known: Iterable[str], name: str) -> None:
 def is_a(value: object, types: type | tuple[type, ...], name: str, what: str) -> None:
     """Raise TypeError unless ``value`` is an instance of ``types`` (a bool does not pass as a number)."""
     allowed = types if isinstance(types, tuple) else (types,)
-    if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
+    if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
         raise TypeError(f"{name} must be {what}, got {value!r} ({type(value).__name__})")
 
 

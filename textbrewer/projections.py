@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.modules import activation
 
 from textbrewer import checks
-from textbrewer.registry import PROJ_MAP, suggestion
+from textbrewer.names import suggestion
+from textbrewer.registry import PROJ_MAP
 
 __all__ = ["linear_projection", "projection_with_activation"]
 

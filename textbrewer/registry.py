@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from textbrewer.names import suggestion
+
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def suggestion(name: object, known: Iterable[str]) -> str:
-    """Return ``"known: a, b"``, headed by ``"did you mean 'a'? "`` where one of them resembles ``name``."""
-    names = [str(item) for item in known]
-    near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(names)}"
 
 
 class Registry(dict[str, Callable[..., Any]]):

@@ -205,7 +205,7 @@ def _byte_ranges(tensor: Tensor) -> Ranges:
     run = 1  # consecutive elements covered by the dimensions of small stride
     starts = np.array([tensor.storage_offset()], dtype=np.int64)
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if stride <= run and len(starts) == 1:
+        if stride <= run:
             run += stride * (length - 1)
         else:
             starts = np.add.outer(starts, stride * np.arange(length)).ravel()

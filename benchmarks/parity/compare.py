@@ -68,10 +68,12 @@ def run(python: str, folder: Path, only: str, library: Path | None = None, nudge
     if library is not None:
         environment["PYTHONPATH"] = str(library)
     command = [python, str(HERE / "run_one.py"), str(folder), "--only", only, "--nudge", str(nudge)]
+    print(f"running the cases with the textbrewer of {library or python} ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as elsewhere:
-        subprocess.run(command, env=environment, cwd=elsewhere, check=False)
+        # The library's progress bars, hundreds of them, go to stderr: kept for the case of an error only.
+        done = subprocess.run(command, env=environment, cwd=elsewhere, check=False, stderr=subprocess.PIPE, text=True)
     if not (folder / "versions").exists():
-        raise SystemExit(f"{python} must be able to import textbrewer and torch, see the error above")
+        raise SystemExit(f"{done.stderr}\n{python} must be able to import textbrewer and torch, see the error above")
     return (folder / "versions").read_text().strip()
 
 

@@ -220,7 +220,7 @@ def main() -> int:
         except Exception:  # a case that raises is a result to report, and the others still run
             failed += 1
             (options.folder / f"{case.name}.error").write_text(traceback.format_exc())
-            print(f"{case.name}: {traceback.format_exc(limit=-1)}", file=sys.stderr)
+            print(f"{case.name}: {traceback.format_exc(limit=-1)}")
     return 1 if failed else 0
 
 

@@ -55,9 +55,11 @@ def masked_places(name, mask):
 
 
 def value_and_gradients(name, student, teacher, mask):
+    """The value and all gradients; an error if NaN arises anywhere on the way, even if it is hidden again."""
     student, teacher = leaves(student), leaves(teacher)
-    value = call(name, student, teacher, mask)
-    value.backward()
+    with torch.autograd.set_detect_anomaly(True):
+        value = call(name, student, teacher, mask)
+        value.backward()
     return value.item(), [leaf.grad for leaf in student + teacher]
 
 

@@ -222,23 +222,33 @@ def test_extreme_float16_logits_stay_finite(loss):
         assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", [kd_ce_loss, kd_kl_loss])
+def test_a_class_that_both_lack_next_to_a_huge_logit_has_finite_gradients(loss):
+    student = torch.tensor([[1e38, 0.0, -INF]], requires_grad=True)
+    teacher = torch.tensor([[1.0, 1.0, -INF]], requires_grad=True)
+    loss(student, teacher).backward()
+    assert student.grad[0].tolist() == pytest.approx([0.5, -0.5, 0.0])
+    assert teacher.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("spoilt", [math.nan, 0.0, math.inf])
 def test_the_temperature_of_a_masked_position_does_not_matter(loss, spoilt):
     student, teacher = wave(3, 4, 5).requires_grad_(), wave(3, 4, 5, phase=1.0)
-    temperature = TAU_3D.masked_fill(MASK == 0, spoilt)
+    temperature = TAU_3D.masked_fill(MASK == 0, spoilt).requires_grad_()
     value = loss(student, teacher, temperature, mask=MASK)
     value.backward()
     assert value.item() == pytest.approx(loop_loss(loss, student.detach(), teacher, TAU_3D, MASK), rel=1e-10)
     assert student.grad.isfinite().all()
+    assert temperature.grad[MASK == 0].abs().max().item() == 0.0
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_any_value_of_the_mask_but_zero_counts_as_one(loss):
     student, teacher = wave(3, 4, 5), wave(3, 4, 5, phase=1.0)
     expected = loss(student, teacher, mask=MASK)
-    assert loss(student, teacher, mask=MASK * 7).item() == expected.item()
-    assert loss(student, teacher, mask=MASK * 0.25).item() == expected.item()
+    assert loss(student, teacher, mask=MASK * torch.arange(1, 5)).item() == expected.item()
+    assert loss(student, teacher, mask=MASK * torch.tensor([0.25, 0.5, 1.0, -1.0])).item() == expected.item()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -38,7 +38,5 @@ class BasicDistiller(SingleTaskDistiller):
                 f"BasicDistiller takes no intermediate_matches, got {len(distill_config.intermediate_matches)}; "
                 "use GeneralDistiller"
             )
-        super().__init__(
-            train_config, distill_config, {"": [model_T]}, model_S, {"": [adaptor_T]}, {"": adaptor_S}
-        )
+        super().__init__(train_config, distill_config, {"": [model_T]}, model_S, {"": [adaptor_T]}, {"": adaptor_S})
         self.model_T, self.adaptor_T, self.adaptor_S = model_T, adaptor_T, adaptor_S

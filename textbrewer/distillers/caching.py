@@ -11,8 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from textbrewer.adaptors import Views
-from textbrewer.engine import LoaderBatches
-from textbrewer.engine import rng
+from textbrewer.engine import LoaderBatches, rng
 from textbrewer.engine.batches import generators_of
 from textbrewer.matching import PlannedMatch
 

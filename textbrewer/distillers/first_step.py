@@ -92,6 +92,6 @@ def explained(batch: Any) -> Iterator[None]:
         if not isinstance(labels, Tensor) or not _OUT_OF_BOUNDS.search(str(error)):
             raise
         raise ValueError(
-            f"labels must be classes of the model, got labels from {int(labels.min())} to {int(labels.max())}: {error}; "
-            "give the models as many classes (num_labels), or map the labels"
+            f"labels must be classes of the model, got labels from {int(labels.min())} to {int(labels.max())} "
+            f"({error}); give the models as many classes (num_labels), or map the labels"
         ) from error

@@ -38,3 +38,14 @@ def frozen(teachers: Sequence[nn.Module], student: nn.Module) -> Iterator[None]:
     finally:
         for parameter in own.values():
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep a model in eval mode while the context is open."""
+    modes = modes_of([model])
+    model.eval()
+    try:
+        yield
+    finally:
+        set_modes(modes)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from textbrewer import checks
 from textbrewer.adaptors import Adaptor
 from textbrewer.configurations import DistillationConfig, TrainingConfig
-from textbrewer.distillers.base import Arguments, BaseDistiller, TaskBatch
+from textbrewer.distillers import running
+from textbrewer.distillers.base import BaseDistiller
+from textbrewer.distillers.batch_parts import TaskBatch
 from textbrewer.engine import LoaderBatches, Source, TaskBatches
 
 
@@ -95,10 +97,10 @@ class MultiTaskDistiller(BaseDistiller):
         """
         if not isinstance(dataloaders, Mapping):
             raise TypeError(f"dataloaders must be a dict by task name, got {type(dataloaders).__name__}")
-        _same_tasks(dataloaders.keys(), self._teachers.keys(), "dataloaders")
+        _same_tasks(dataloaders.keys(), self.teachers.models, "dataloaders")
         checks.number(tau, "tau")
-        checks.known_keys(batch_postprocessors or {}, self._teachers, "batch_postprocessors")
-        arguments = Arguments(
+        checks.known_keys(batch_postprocessors or {}, self.teachers.models, "batch_postprocessors")
+        arguments = running.Arguments(
             optimizer,
             None,
             num_steps,
@@ -114,7 +116,7 @@ class MultiTaskDistiller(BaseDistiller):
         def make_source(sources: Mapping[str, LoaderBatches]) -> Source:
             return TaskBatches(sources, tau, TaskBatch, self._task_picker())
 
-        self._train(arguments, dataloaders, dict(batch_postprocessors or {}), make_source)
+        running.train(self, arguments, running.Data(dataloaders, dict(batch_postprocessors or {}), make_source))
 
     def _task_picker(self) -> np.random.RandomState | None:
         """Return a generator that draws rank 0's tasks on every process; alone, NumPy's global one (``None``)."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from textbrewer.adaptors import Adaptor, Views
 from textbrewer.configurations import DistillationConfig, TrainingConfig
-from textbrewer.distillers import terms
+from textbrewer.distillers import heads
 from textbrewer.distillers.base import Results
 from textbrewer.distillers.single_task import SingleTaskDistiller
 
@@ -39,7 +39,11 @@ class MultiTeacherDistiller(SingleTaskDistiller):
     ) -> None:
         if not isinstance(model_T, (list, tuple, nn.ModuleList)) or len(model_T) == 0:
             raise TypeError(f"model_T must be a list of teachers, got {type(model_T).__name__}")
-        adaptors_T = list(adaptor_T) if isinstance(adaptor_T, (list, tuple)) else [adaptor_T] * len(model_T)
+        adaptors_T: list[Adaptor | str]
+        if isinstance(adaptor_T, Sequence) and not isinstance(adaptor_T, str):
+            adaptors_T = list(adaptor_T)
+        else:
+            adaptors_T = [adaptor_T] * len(model_T)
         if len(adaptors_T) != len(model_T):
             raise ValueError(f"adaptor_T must be one adaptor, or one a teacher ({len(model_T)}), got {len(adaptors_T)}")
         super().__init__(train_config, distill_config, {"": model_T}, model_S, {"": adaptors_T}, {"": adaptor_S})
@@ -55,7 +59,7 @@ class MultiTeacherDistiller(SingleTaskDistiller):
             KeyError: if only some of the teachers have logits.
             ValueError: if their numbers of heads or shapes differ.
         """
-        return mean_logits(self._list(results_T))
+        return mean_logits(results_T)
 
 
 def mean_logits(results_T: Sequence[Views]) -> Views:
@@ -76,13 +80,13 @@ def mean_logits(results_T: Sequence[Views]) -> Views:
     counts = [len(results["logits"]) for results in results_T]
     if len(set(counts)) > 1:
         raise ValueError(f"'logits' of all teachers must have as many heads, got {counts}")
-    heads, masks = [], []
+    means, masks = [], []
     for head in range(counts[0]):
-        own = [terms.masks_of(results, counts[0])[head] for results in results_T]
+        own = [heads.masks_of(results, counts[0])[head] for results in results_T]
         logits, mask = _mean([results["logits"][head] for results in results_T], own)
-        heads.append(logits)
+        means.append(logits)
         masks.append(mask)
-    views = Views({"logits": heads})
+    views = Views({"logits": means})
     if any(mask is not None for mask in masks):
         views["logits_mask"] = masks
     return views
@@ -92,10 +96,13 @@ def _mean(logits: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Ten
     """Return the mean of one head's logits over the teachers, and its mask."""
     mask = next((item for item in masks if item is not None), None)
     if logits[0].dim() == 3 and mask is not None:
-        aligned = [terms.align(logits[0], item, masks[0], own, None) for item, own in zip(logits, masks, strict=True)]
+        aligned = [heads.align(logits[0], item, masks[0], own, None) for item, own in zip(logits, masks, strict=True)]
         if any(front is not logits[0] for front, *_ in aligned):
             # Some teacher picks other positions: bring the picked ones of each to the front before averaging.
-            fronts = [terms.to_front(item, mask if own is None else own, None) for item, own in zip(logits, masks, strict=True)]
+            fronts = [
+                heads.to_front(item, mask if own is None else own, None)
+                for item, own in zip(logits, masks, strict=True)
+            ]
             count = min(len(front) for front, *_ in fronts)
             logits = [front[:count].unsqueeze(0) for front, *_ in fronts]
             mask = fronts[0][1][:count].unsqueeze(0)

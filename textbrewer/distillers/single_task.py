@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from textbrewer.distillers.base import Arguments, BaseDistiller
+from textbrewer.distillers import running
+from textbrewer.distillers.base import BaseDistiller
 
 
 class SingleTaskDistiller(BaseDistiller):
@@ -55,7 +56,7 @@ class SingleTaskDistiller(BaseDistiller):
                 work; before the first update.
             NonFiniteError: if a loss or gradient is NaN or infinite.
         """
-        arguments = Arguments(
+        arguments = running.Arguments(
             optimizer,
             num_epochs,
             num_steps,
@@ -67,4 +68,5 @@ class SingleTaskDistiller(BaseDistiller):
             resume_from,
             args,
         )
-        self._train(arguments, {"": dataloader}, {"": batch_postprocessor}, lambda sources: sources[""])
+        data = running.Data({"": dataloader}, {"": batch_postprocessor}, lambda sources: sources[""])
+        running.train(self, arguments, data)

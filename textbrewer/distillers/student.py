@@ -47,7 +47,11 @@ class StudentModule(nn.Module):
         self.student = student
         self.projections = nn.ModuleDict({str(number): module for number, module in projections.items()})
         self.custom_projections = nn.ModuleDict(
-            {str(number): match.proj_func for number, match in enumerate(custom) if isinstance(match.proj_func, nn.Module)}
+            {
+                str(number): match.proj_func
+                for number, match in enumerate(custom)
+                if isinstance(match.proj_func, nn.Module)
+            }
         )
         self._adaptors = dict(adaptors)
         self._projected = [planned for planned in plan if planned.number in projections]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from textbrewer.adaptors import Views
+from textbrewer.distillers import heads
 from textbrewer.losses.masking import denominator_of
 from textbrewer.matching import CustomMatch, PlannedMatch, select
 
@@ -65,12 +66,13 @@ class KnowledgeLoss:
     scheduler: Callable[..., Any] | None = None
     probability_shift: bool = False
 
-    @property
+    @cached_property
     def takes_mask(self) -> bool:
         """Whether loss and schedule can be given a mask; if not, masked positions are selected beforehand."""
         return accepts_mask(self.loss) and (self.scheduler is None or accepts_mask(self.scheduler))
 
     def __call__(self, logits_S: Tensor, logits_T: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the loss of one head; ``mask`` has the shape of the logits without their classes."""
         keywords = {} if mask is None else {"mask": mask}
         temperature: Any = self.temperature
         if self.scheduler is not None:
@@ -86,14 +88,13 @@ def accepts_mask(function: Callable[..., Any]) -> bool:
         return False
 
 
-def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, takes_mask: bool, now: Now) -> list[Term]:
+def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) -> list[Term]:
     """Return the KD term: the sum over the heads of the loss between the logits; none if neither side has logits.
 
     Args:
         results_S: the student's views.
         results_T: the teacher's views.
         kd: how logits are compared.
-        takes_mask: ``kd.takes_mask``, found out once.
         now: scheduled weights.
 
     Raises:
@@ -102,17 +103,17 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, takes_mask: 
     """
     if "logits" not in results_S and "logits" not in results_T:
         return []
-    heads_S, heads_T = logits_of(results_S, results_T)
-    masks = list(zip(masks_of(results_S, len(heads_S)), masks_of(results_T, len(heads_S)), strict=True))
-    labels = labels_of(results_S, len(heads_S)) if kd.probability_shift else [None] * len(heads_S)
+    heads_S, heads_T = heads.logits_of(results_S, results_T)
+    masks = list(zip(heads.masks_of(results_S, len(heads_S)), heads.masks_of(results_T, len(heads_S)), strict=True))
+    labels = heads.labels_of(results_S, len(heads_S)) if kd.probability_shift else [None] * len(heads_S)
     values: list[Tensor] = []
     kind = "rows" if heads_S[0].dim() == 2 else "cells"
     for head_S, head_T, (mask_S, mask_T), label in zip(heads_S, heads_T, masks, labels, strict=True):
         mask = None
         if head_S.dim() == 3 and (mask_S is not None or mask_T is not None):
             kind = "logits"
-            head_S, head_T, mask, label = align(head_S, head_T, mask_S, mask_T, label)
-            if not takes_mask:
+            head_S, head_T, mask, label = heads.align(head_S, head_T, mask_S, mask_T, label)
+            if not kd.takes_mask:
                 head_S, head_T, mask, label = head_S[mask], head_T[mask], None, None if label is None else label[mask]
         if head_S.shape != head_T.shape:
             raise ValueError(
@@ -120,122 +121,9 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, takes_mask: 
                 f"{tuple(head_T.shape)}; return other logits from the adaptors, or a logits_mask that picks the same ones"
             )
         if label is not None:
-            head_T = probability_shift(head_T, label)
+            head_T = heads.probability_shift(head_T, label)
         values.append(kd(head_S, head_T, mask))
     return [Term("kd_loss", sum(values[1:], values[0]), now.kd_weight, kind)]
-
-
-def logits_of(results_S: Views, results_T: Views) -> tuple[list[Tensor], list[Tensor]]:
-    """Return both sides' heads.
-
-    Raises:
-        KeyError: if a side has none.
-        ValueError: if the sides have another number of heads.
-    """
-    for who, results in (("S", results_S), ("T", results_T)):
-        if "logits" not in results:
-            raise KeyError(
-                f"adaptor_{who} returned no 'logits' (only {sorted(results)}), the other adaptor did; return them on "
-                "both sides, or on neither to train without the KD loss"
-            )
-    if len(results_S["logits"]) != len(results_T["logits"]):
-        raise ValueError(
-            f"'logits' of student and teacher must have as many heads, got {len(results_S['logits'])} and "
-            f"{len(results_T['logits'])}"
-        )
-    return results_S["logits"], results_T["logits"]
-
-
-def masks_of(results: Views, heads: int) -> list[Tensor | None]:
-    """Return one logits mask a head; a single mask serves all heads.
-
-    Raises:
-        ValueError: if there are several masks, but not one a head.
-    """
-    masks = results.get("logits_mask", [None])
-    if len(masks) == 1:
-        return list(masks) * heads
-    if len(masks) != heads:
-        raise ValueError(f"'logits_mask' must be one mask, or one a head ({heads}), got {len(masks)}")
-    return list(masks)
-
-
-def labels_of(results: Views, heads: int) -> list[Tensor]:
-    """Return one tensor of labels a head.
-
-    Raises:
-        KeyError: if the student's adaptor returned none.
-        ValueError: if there is not one a head.
-    """
-    if "labels" not in results:
-        raise KeyError(f"probability_shift=True needs 'labels' from adaptor_S, which returned only {sorted(results)}")
-    if len(results["labels"]) != heads:
-        raise ValueError(f"'labels' must be one tensor a head ({heads}), got {len(results['labels'])}")
-    return list(results["labels"])
-
-
-def align(
-    logits_S: Tensor, logits_T: Tensor, mask_S: Tensor | None, mask_T: Tensor | None, labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return logits, one mask and labels whose positions correspond.
-
-    Where both masks pick the same positions of equal shapes, that is the input. Where they differ (two tokenisations,
-    say), the picked positions of each side are moved to the front in their order: what selecting them on each side
-    would give, without reading the masks.
-
-    Args:
-        logits_S: ``(batch, length, classes)``.
-        logits_T: ``(batch, length_T, classes)``.
-        mask_S: ``(batch, length)`` or ``None``: the teacher's counts for both.
-        mask_T: ``(batch, length_T)`` or ``None``: the student's counts for both.
-        labels: ``(batch, length)`` or ``None``.
-
-    Raises:
-        ValueError: if a mask does not have the shape of its logits.
-    """
-    for who, logits, mask in (("S", logits_S, mask_S), ("T", logits_T, mask_T)):
-        if mask is not None and mask.shape != logits.shape[:2]:
-            raise ValueError(
-                f"logits_mask of adaptor_{who} must have the shape (batch, length) of its logits "
-                f"{tuple(logits.shape[:2])}, got {tuple(mask.shape)}"
-            )
-    own_S = mask_S if mask_S is not None else mask_T
-    own_T = mask_T if mask_T is not None else mask_S
-    if own_S is None or own_T is None:
-        raise ValueError("align needs at least one mask")
-    if logits_S.shape[:2] == logits_T.shape[:2] and same_mask(own_S, own_T):
-        return logits_S, logits_T, own_S.bool(), labels
-    front_S, picked_S, labels = to_front(logits_S, own_S, labels)
-    front_T, picked_T, _ = to_front(logits_T, own_T, None)
-    count = min(len(front_S), len(front_T))
-    return front_S[:count], front_T[:count], (picked_S[:count] & picked_T[:count]), None if labels is None else labels[:count]
-
-
-def same_mask(first: Tensor, second: Tensor) -> bool:
-    """Return whether two masks are known to be equal without waiting for a device."""
-    if first is second:
-        return True
-    return first.device.type == "cpu" and first.shape == second.shape and torch.equal(first.bool(), second.bool())
-
-
-def to_front(logits: Tensor, mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return flattened logits, mask and labels with the masked positions first, in their order."""
-    picked = mask.bool().flatten()
-    order = torch.argsort(~picked, stable=True)
-    return logits.flatten(0, 1)[order], picked[order], None if labels is None else labels.flatten()[order]
-
-
-def probability_shift(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the logits with the true label's and the largest one swapped; the input is left as it is.
-
-    Args:
-        logits: ``(..., classes)``.
-        labels: ``(...)``; negative labels swap nothing.
-    """
-    top = logits.argmax(dim=-1, keepdim=True)
-    gold = torch.where(labels.unsqueeze(-1) < 0, top, labels.unsqueeze(-1))
-    at_top, at_gold = logits.gather(-1, top), logits.gather(-1, gold)
-    return logits.scatter(-1, top, at_gold).scatter(-1, gold, at_top)
 
 
 def match_terms(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch]) -> list[Term]:

@@ -16,9 +16,7 @@ from textbrewer.configurations import TrainingConfig
 from textbrewer.distillers import first_step, terms, training, weighting
 from textbrewer.distillers.frozen import Modes, modes_of, set_modes
 from textbrewer.distillers.student import StudentModule
-from textbrewer.engine.batches import LoaderBatches, size_of
-from textbrewer.engine.sharding import shard
-from textbrewer.engine.step_plan import plan_steps
+from textbrewer.engine.batches import size_of
 
 
 class BasicTrainer:
@@ -72,23 +70,23 @@ class BasicTrainer:
             NonFiniteError: if a loss or gradient is NaN or infinite.
         """
         training.check_loader(dataloader, "dataloader")
-        training.check_arguments(
-            optimizer, self.model, self.t_config.output_dir, max_grad_norm, callback, resume_from
-        )
-        plan_steps(self.t_config, num_epochs, num_steps, [size_of(dataloader)])
+        training.check_arguments(optimizer, self.model, self.t_config.output_dir, max_grad_norm, callback, resume_from)
+        engine.plan_steps(self.t_config, num_epochs, num_steps, [size_of(dataloader)])
         runtime = engine.Runtime(self.t_config)
         entered = self._modes_before is None
         if entered:
             self.__enter__()
         try:
-            loader = shard(dataloader, runtime.rank, runtime.world, runtime.agree)
-            plan = plan_steps(self.t_config, None if num_steps is not None else num_epochs, num_steps, [size_of(loader)])
+            loader = engine.shard(dataloader, runtime)
+            plan = engine.plan_steps(
+                self.t_config, None if num_steps is not None else num_epochs, num_steps, [size_of(loader)]
+            )
             exact = self.t_config.accumulation_weighting == "positions"
             job = engine.Job(
                 module=StudentModule(self.model, {"": self.adaptor}, {}).to(runtime.device),
                 student=self.model,
                 optimizer=optimizer,
-                source=LoaderBatches(loader, batch_postprocessor),
+                source=engine.LoaderBatches(loader, batch_postprocessor),
                 step=_Step(runtime, args),
                 scheduler=training.make_scheduler(optimizer, scheduler_class, scheduler_args, scheduler),
                 max_grad_norm=max_grad_norm,

@@ -53,9 +53,7 @@ def _values(batch: Any) -> list[Any]:
     return list(batch) if isinstance(batch, (list, tuple)) else [batch]
 
 
-def shares(
-    batches: Sequence[Any], runtime: Runtime, count: Callable[[Any], Counts]
-) -> list[dict[str, Tensor]]:
+def shares(batches: Sequence[Any], runtime: Runtime, count: Callable[[Any], Counts]) -> list[dict[str, Tensor]]:
     """Return, for each micro-batch, its factor for each kind of average.
 
     A mean over n of the window's N items weighs n / N of the large batch's mean. The engine divides by the number of
@@ -70,7 +68,10 @@ def shares(
     counted = [count(batch) for batch in batches]
     names = list(counted[0])
     table = torch.stack(
-        [torch.stack([torch.as_tensor(item[name], dtype=torch.float32).to(runtime.device) for name in names]) for item in counted]
+        [
+            torch.stack([torch.as_tensor(item[name], dtype=torch.float32).to(runtime.device) for name in names])
+            for item in counted
+        ]
     )
     totals = runtime.sum_over_ranks(table.sum(dim=0)).clamp_min(1.0)
     factors = table / totals * len(batches) * runtime.world

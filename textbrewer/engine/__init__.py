@@ -5,17 +5,22 @@ from textbrewer.engine.checkpoint import find_checkpoint
 from textbrewer.engine.loop import Job, run
 from textbrewer.engine.rng import kept as rng_kept
 from textbrewer.engine.runtime import Runtime
-from textbrewer.engine.step_plan import StepPlan
+from textbrewer.engine.sharding import shard
+from textbrewer.engine.step_plan import StepPlan, plan_steps
+from textbrewer.engine.tracking import NonFiniteError
 
 __all__ = [
     "Job",
     "LoaderBatches",
+    "NonFiniteError",
     "Runtime",
     "Source",
     "StepPlan",
     "TaskBatches",
     "find_checkpoint",
     "first_batch",
+    "plan_steps",
     "rng_kept",
     "run",
+    "shard",
 ]

@@ -58,7 +58,9 @@ class LoaderBatches:
         name: the loader's name, for messages.
     """
 
-    def __init__(self, loader: Iterable[Any], postprocess: PostProcessor | None = None, name: str = "dataloader") -> None:
+    def __init__(
+        self, loader: Iterable[Any], postprocess: PostProcessor | None = None, name: str = "dataloader"
+    ) -> None:
         self.loader, self.postprocess, self.name = loader, postprocess, name
         self.epoch, self.taken = 0, 0
         self._iterator: Iterator[Any] | None = None
@@ -175,7 +177,7 @@ class TaskBatches:
         """Return the place in each task's data, and the picker's state."""
         picker = None
         if self.picker is not None:
-            name, keys, *rest = self.picker.get_state()  # type: ignore[misc]
+            name, keys, *rest = self.picker.get_state()
             picker = (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
         return {"tasks": {name: source.state_dict() for name, source in self.sources.items()}, "picker": picker}
 
@@ -217,9 +219,10 @@ def tell_epoch(loader: Any, epoch: int) -> None:
     parts = (loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None), batch_sampler)
     told: list[Any] = []
     for part in (*parts, getattr(batch_sampler, "sampler", None)):
-        if callable(getattr(part, "set_epoch", None)) and not any(part is other for other in told):
+        set_epoch = getattr(part, "set_epoch", None)
+        if callable(set_epoch) and not any(part is other for other in told):
             told.append(part)
-            part.set_epoch(epoch)
+            set_epoch(epoch)
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:

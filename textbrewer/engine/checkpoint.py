@@ -27,7 +27,16 @@ VERSION = 1
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 TRAINING_FILE = "training.pt"
-_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile, SafetensorError)
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    BadZipFile,
+    SafetensorError,
+)
 
 
 def rank_file(rank: int) -> str:
@@ -106,7 +115,12 @@ class Writer:
         torch.save(dict(training), path / TRAINING_FILE)
         files = {item.name: item.stat().st_size for item in path.iterdir()}
         record = {
-            "format": FORMAT, "version": VERSION, "run_id": self.run_id, "saved_at": time.time(), **state, "files": files,
+            "format": FORMAT,
+            "version": VERSION,
+            "run_id": self.run_id,
+            "saved_at": time.time(),
+            **state,
+            "files": files,
         }
         (path / STATE_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
         _flush(path)
@@ -125,7 +139,9 @@ class Writer:
     def _drop_old(self, newest: Path) -> None:
         if self.keep is None:
             return
-        own = [path for path, state in checkpoints_in(self.folder) if state.get("run_id") == self.run_id and path != newest]
+        own = [
+            path for path, state in checkpoints_in(self.folder) if state.get("run_id") == self.run_id and path != newest
+        ]
         for path in own[max(self.keep - 1, 0) :]:
             shutil.rmtree(path)
 
@@ -181,7 +197,9 @@ def find_checkpoint(resume_from: str | os.PathLike[str], folder: Path) -> Path |
         return whole[0][0] if whole else None
     path = Path(resume_from)
     if not path.is_dir():
-        raise ValueError(f"resume_from must be 'latest' or a checkpoint's folder, got {str(path)!r}, which is no folder")
+        raise ValueError(
+            f"resume_from must be 'latest' or a checkpoint's folder, got {str(path)!r}, which is no folder"
+        )
     return path
 
 
@@ -230,7 +248,9 @@ def read_model(path: Path, model: nn.Module) -> None:
     try:
         load_model(model, str(path / MODEL_FILE))
     except RuntimeError as error:
-        raise ValueError(f"the checkpoint {str(path)!r} belongs to another student or other projections: {error}") from error
+        raise ValueError(
+            f"the checkpoint {str(path)!r} belongs to another student or other projections: {error}"
+        ) from error
     except _UNREADABLE as error:
         raise _damaged(path, f"{MODEL_FILE}: {error}") from error
 

@@ -59,7 +59,11 @@ class Job:
 
 
 def run(
-    job: Job, config: TrainingConfig, runtime: Runtime, plan: StepPlan, resume_from: str | os.PathLike[str] | None = None
+    job: Job,
+    config: TrainingConfig,
+    runtime: Runtime,
+    plan: StepPlan,
+    resume_from: str | os.PathLike[str] | None = None,
 ) -> int:
     """Train, and return the number of optimiser steps done in all.
 
@@ -185,7 +189,9 @@ class _Loop:
 
     def _pass_ended_late(self, epoch: int) -> None:
         """Write the checkpoint of a pass whose end showed only when no batch came (a loader without a length)."""
-        if self.saved_step != self.global_step and self.plan.checkpoint_due(self.global_step, epoch, True, self._done()):
+        if self.saved_step != self.global_step and self.plan.checkpoint_due(
+            self.global_step, epoch, True, self._done()
+        ):
             self._checkpoint()
 
     def _micro_batch(self, batch: Any, last: bool, share: Any) -> None:
@@ -211,7 +217,9 @@ class _Loop:
         self.optimizer.step()
         self.global_step += 1
         if self.optimizer.step_was_skipped:
-            warnings.warn(f"step {self.global_step}: gradients overflowed fp16; step skipped, scale lowered", stacklevel=2)
+            warnings.warn(
+                f"step {self.global_step}: gradients overflowed fp16; step skipped, scale lowered", stacklevel=2
+            )
         elif self.job.scheduler is not None:
             self.job.scheduler.step()
         self.optimizer.zero_grad()

@@ -21,7 +21,13 @@ def take(generators: Sequence[torch.Generator] = ()) -> State:
     name, keys, position, has_gauss, gauss = np.random.get_state()
     state: State = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "numpy": (
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
         "torch": torch.get_rng_state(),
         "generators": [generator.get_state() for generator in generators],
     }
@@ -65,4 +71,4 @@ def seed(value: int) -> None:
     """Seed Python's, NumPy's and torch's CPU generators alike."""
     random.seed(value)
     np.random.seed(value % 2**32)
-    torch.random.default_generator.manual_seed(value)
+    torch.default_generator.manual_seed(value)

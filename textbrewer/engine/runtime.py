@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, convert_to_fp32, send_to_device
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    convert_to_fp32,
+    send_to_device,
+)
 from torch import Tensor, nn
 
 from textbrewer.configurations import TrainingConfig
@@ -143,7 +149,9 @@ def _precision(config: TrainingConfig) -> str:
     if precision == "no" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16"):
         precision = os.environ["ACCELERATE_MIXED_PRECISION"]
     if precision == "fp16" and torch.device(config.device or "cpu").type == "cpu":
-        raise ValueError("precision='fp16' (fp16=True) needs a GPU, and the device is 'cpu'; use precision='bf16' there")
+        raise ValueError(
+            "precision='fp16' (fp16=True) needs a GPU, and the device is 'cpu'; use precision='bf16' there"
+        )
     return precision
 
 

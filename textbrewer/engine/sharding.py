@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from textbrewer.engine import rng
+from textbrewer.engine.runtime import Runtime
 
 Agree = Callable[[int], int]
 """Returns rank 0's number on every rank."""
@@ -58,7 +59,7 @@ class SharedOrder:
         yield from batches[self.rank : whole : self.world]
 
 
-def shard(loader: Iterable[Any], rank: int, world: int, agree: Agree) -> Iterable[Any]:
+def shard(loader: Iterable[Any], runtime: Runtime) -> Iterable[Any]:
     """Return the loader of this process's share.
 
     A loader with a ``DistributedSampler`` is the user's own sharding and returned as it is; so is one without row
@@ -66,13 +67,15 @@ def shard(loader: Iterable[Any], rank: int, world: int, agree: Agree) -> Iterabl
 
     Args:
         loader: the user's loader.
-        rank: this process's number.
-        world: number of processes.
-        agree: returns rank 0's number on every rank.
+        runtime: the processes.
     """
-    if world == 1:
+    if runtime.world == 1:
         return loader
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_sampler is None
+    ):
         warnings.warn(
             "distributed training: this dataloader has no row numbers to share among the processes, so it is used "
             "as it is on each; it must yield other rows, and as many batches, in every process",
@@ -84,7 +87,7 @@ def shard(loader: Iterable[Any], rank: int, world: int, agree: Agree) -> Iterabl
         return loader
     return DataLoader(
         loader.dataset,
-        batch_sampler=SharedOrder(loader.batch_sampler, rank, world, agree),
+        batch_sampler=SharedOrder(loader.batch_sampler, runtime.rank, runtime.world, runtime.agree),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -112,9 +112,7 @@ def kd_mse_loss(
         Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014, arXiv:1312.6184, section 2.
     """
     soft = _soften(logits_S, logits_T, temperature, mask)
-    absent = soft.student_absent | soft.teacher_absent
-    difference = (soft.student - soft.teacher).masked_fill(absent, 0.0)
-    return weighted_mean(_mean_over_present(difference.square(), soft), soft.weight)
+    return weighted_mean(_mean_over_present((soft.student - soft.teacher).square(), soft), soft.weight)
 
 
 @KD_LOSS_MAP.add("ce")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from textbrewer import checks
-from textbrewer.hooks import resolve
+from textbrewer.hooks import first_tensor
 from textbrewer.presets import MATCH_LOSS_MAP
 
 
@@ -70,20 +70,6 @@ class CustomMatch:
         return self.loss(output_S, output_T, mask_S, mask_T)
 
 
-def module_in(model: nn.Module, module: nn.Module | str, name: str) -> nn.Module:
-    """Return the module itself, looked up by its dotted name if need be.
-
-    Raises:
-        KeyError: if the model has no module of that name.
-        ValueError: if the module is not a part of the model.
-    """
-    if isinstance(module, str):
-        return resolve(model, module)
-    if not any(module is part for part in model.modules()):
-        raise ValueError(f"{name} of a custom match must be a module inside the model, got {type(module).__name__}")
-    return module
-
-
 @contextmanager
 def recording(modules: Sequence[nn.Module]) -> Iterator[dict[int, Any]]:
     """Record what each module returns while the context is open, by its number; leave no hook behind.
@@ -102,12 +88,3 @@ def recording(modules: Sequence[nn.Module]) -> Iterator[dict[int, Any]]:
         for number, module in enumerate(modules):
             stack.callback(module.register_forward_hook(recorder(number)).remove)
         yield outputs
-
-
-def first_tensor(output: Any) -> Any:
-    """Return the first tensor of a module's output, or the output itself if it has none."""
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return next((item for item in output if isinstance(item, Tensor)), output)
-    return output

@@ -51,7 +51,9 @@ def _layer_name(layers: int | list[int]) -> str:
     return "-".join(str(layer) for layer in layers) if isinstance(layers, list) else str(layers)
 
 
-def build_projection(projection: Projection, width_S: int | None = None, width_T: int | None = None) -> nn.Module | None:
+def build_projection(
+    projection: Projection, width_S: int | None = None, width_T: int | None = None
+) -> nn.Module | None:
     """Return the module of a projection, ``None`` while its widths are not known.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from textbrewer import checks
-from textbrewer.hooks import Capture, Tap, first_tensor, label, resolve
+from textbrewer.hooks.modules import Capture, Tap, first_tensor, label, resolve
 
 __all__ = ["attention_maps", "attention_scores", "capture_qkv"]
 

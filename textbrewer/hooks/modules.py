@@ -4,7 +4,7 @@
 >>> def adaptor(batch, outputs):
 ...     return {"logits": outputs.logits, **inner.views()}
 
-Queries, keys, values and attention scores: :mod:`textbrewer.attention_hooks`.
+Queries, keys, values and attention scores: :mod:`textbrewer.hooks.attention`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Tap(NamedTuple):
 class Capture:
     """Collects the outputs of modules inside a model during each of its forward passes.
 
-    Made by :func:`capture` or :func:`~textbrewer.attention_hooks.capture_qkv`. It listens from :meth:`attach` to
+    Made by :func:`capture` or :func:`~textbrewer.hooks.attention.capture_qkv`. It listens from :meth:`attach` to
     :meth:`detach`, or inside ``with``, and holds the model's last forward pass only.
 
     - Nothing is detached or copied: what is captured carries its graph for the backward pass, and a model that changes

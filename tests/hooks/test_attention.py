@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from textbrewer.attention_hooks import attention_maps, attention_scores, capture_qkv
+from textbrewer.hooks.attention import attention_maps, attention_scores, capture_qkv
 
 BATCH, LENGTH = 2, 7
 MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])

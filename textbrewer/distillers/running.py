@@ -1,0 +1,180 @@
+"""What a distiller does around the engine's loop: checks, projections, sources of batches, the job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textbrewer import adaptors, engine
+from textbrewer.adaptors import Views
+from textbrewer.distillers import first_step, training, weighting
+from textbrewer.distillers.base import BaseDistiller
+from textbrewer.distillers.batch_parts import TaskBatch, split
+from textbrewer.distillers.caching import CachedBatches, Remembered
+from textbrewer.distillers.frozen import evaluating, frozen
+from textbrewer.distillers.student import call
+from textbrewer.engine.batches import LoaderBatches, size_of
+
+PostProcessor = Callable[[Any], Any]
+MakeSource = Callable[[Mapping[str, LoaderBatches]], engine.Source]
+
+
+@dataclass
+class Data:
+    """Where the batches come from.
+
+    Args:
+        loaders: the dataloader of each task (``""`` where there are no tasks).
+        postprocessors: applied to the batches of a task; tasks may be missing.
+        make_source: makes one source of those of the tasks.
+    """
+
+    loaders: Mapping[str, Iterable[Any]]
+    postprocessors: Mapping[str, PostProcessor | None]
+    make_source: MakeSource
+
+
+@dataclass
+class Arguments:
+    """The arguments of ``train()`` that do not depend on the kind of distiller."""
+
+    optimizer: torch.optim.Optimizer
+    num_epochs: int | None
+    num_steps: int | None
+    scheduler_class: Callable[..., Any] | None
+    scheduler_args: Mapping[str, Any] | None
+    scheduler: Any
+    max_grad_norm: float
+    callback: Callable[..., Any] | None
+    resume_from: str | os.PathLike[str] | None
+    model_args: dict[str, Any]
+
+
+def train(distiller: BaseDistiller, arguments: Arguments, data: Data) -> None:
+    """Train a distiller's student.
+
+    Raises:
+        TypeError, ValueError, KeyError: if an argument cannot work, or what the adaptors return for the first batch.
+        NonFiniteError: if a loss or gradient is NaN or infinite.
+    """
+    config = distiller.t_config
+    for task, loader in data.loaders.items():
+        training.check_loader(loader, _loader_name(task))
+    training.check_arguments(
+        arguments.optimizer,
+        distiller.model_S,
+        config.output_dir,
+        arguments.max_grad_norm,
+        arguments.callback,
+        arguments.resume_from,
+    )
+    sizes = [size_of(loader) for loader in data.loaders.values()]
+    engine.plan_steps(config, arguments.num_epochs, arguments.num_steps, sizes)
+    _check_weight_schedulers(distiller, arguments.num_steps is None and None in sizes)
+    runtime = engine.Runtime(config)
+    with distiller.working(runtime, arguments.model_args), frozen(distiller.teachers.all(), distiller.model_S):
+        _run(distiller, runtime, arguments, data)
+
+
+def _check_weight_schedulers(distiller: BaseDistiller, length_unknown: bool) -> None:
+    config = distiller.d_config
+    names = {config.kd_loss_weight_scheduler, config.hard_label_weight_scheduler} - {None, "none"}
+    if length_unknown and names:
+        raise ValueError(
+            f"the weight scheduler {min(map(str, names))!r} must know the run's length, but the dataloader has none: "
+            "give num_steps"
+        )
+
+
+def _run(distiller: BaseDistiller, runtime: engine.Runtime, arguments: Arguments, data: Data) -> None:
+    config = distiller.t_config
+    _probe_widths(distiller, runtime, data)
+    shards = {task: engine.shard(loader, runtime) for task, loader in data.loaders.items()}
+    # The second plan, of what each process reads; a warning about both lengths was given with the first.
+    epochs = arguments.num_epochs if arguments.num_steps is None else None
+    plan = engine.plan_steps(config, epochs, arguments.num_steps, [size_of(item) for item in shards.values()])
+    module = distiller.student_module().to(runtime.device)
+    training.add_projections(arguments.optimizer, _projection_groups(distiller), arguments.scheduler)
+    scheduler = training.make_scheduler(
+        arguments.optimizer, arguments.scheduler_class, arguments.scheduler_args, arguments.scheduler
+    )
+    sources = {
+        task: _batches(distiller, runtime, task, item, data.postprocessors.get(task)) for task, item in shards.items()
+    }
+    exact = config.accumulation_weighting == "positions"
+    job = engine.Job(
+        module=module,
+        student=distiller.model_S,
+        optimizer=arguments.optimizer,
+        source=data.make_source(sources),
+        step=distiller.step,
+        scheduler=scheduler,
+        teachers=distiller.teachers.all(),
+        max_grad_norm=arguments.max_grad_norm,
+        callback=arguments.callback,
+        shares=(lambda batches: _shares(distiller, runtime, batches)) if exact else None,
+        settings={**config.to_dict(), "temperature": distiller.d_config.temperature},
+    )
+    engine.run(job, config, runtime, plan, arguments.resume_from)
+
+
+def _projection_groups(distiller: BaseDistiller) -> list[training.ParameterGroup]:
+    groups: list[training.ParameterGroup] = []
+    for planned in distiller.plan:
+        projection = planned.match.projection
+        if projection is not None:
+            groups.append((distiller.projections[planned.number], projection.options))
+    for match in distiller.custom_matches:
+        if isinstance(match.proj_func, nn.Module):
+            groups.append((match.proj_func, match.proj_group or {}))
+    return groups
+
+
+def _batches(
+    distiller: BaseDistiller,
+    runtime: engine.Runtime,
+    task: str,
+    loader: Iterable[Any],
+    postprocess: PostProcessor | None,
+) -> LoaderBatches:
+    if not distiller.d_config.is_caching_logits:
+        return LoaderBatches(loader, postprocess, _loader_name(task))
+    everything = type(distiller).compute_loss is not BaseDistiller.compute_loss
+
+    def remember(batch: Any) -> Remembered:
+        return distiller.teachers.remember(runtime, task, batch, distiller.model_args, everything)
+
+    quiet = not (distiller.t_config.progress_bar and runtime.is_main)
+    return CachedBatches(loader, postprocess, _loader_name(task), remember, quiet)
+
+
+def _shares(distiller: BaseDistiller, runtime: engine.Runtime, batches: list[Any]) -> list[dict[str, Tensor]]:
+    plain = [batch.batch if isinstance(batch, TaskBatch) else batch for batch in batches]
+    plain = [batch.batch if isinstance(batch, Remembered) else batch for batch in plain]
+    return weighting.shares([split(batch)[1] for batch in plain], runtime, distiller.count_positions)
+
+
+def _probe_widths(distiller: BaseDistiller, runtime: engine.Runtime, data: Data) -> None:
+    """Build the projections whose widths no configuration tells, from one batch; nothing random is drawn for it."""
+    undecided = [item for item in distiller.plan if item.match.projection and item.number not in distiller.projections]
+    if not undecided:
+        return
+    task, loader = next(iter(data.loaders.items()))
+    batch = engine.first_batch(loader, data.postprocessors.get(task))
+    student = distiller.model_S.to(runtime.device)
+    with engine.rng_kept(), torch.no_grad(), evaluating(student):
+        teacher_batch, student_batch, stored = split(batch)
+        results_T = distiller.teachers.views(runtime, task, teacher_batch, distiller.model_args, stored)
+        student_batch = runtime.to_device(student_batch)
+        outputs_S = call(student, student_batch, distiller.student_args)
+        results_S = adaptors.normalise(distiller.adaptors_S[task](student_batch, outputs_S), "adaptor_S")
+    distiller.build_projections(first_step.widths(Views(results_S), results_T, undecided))
+
+
+def _loader_name(task: str) -> str:
+    return f"dataloaders[{task!r}]" if task else "dataloader"
