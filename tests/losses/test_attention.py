@@ -137,6 +137,15 @@ def test_a_row_that_attends_to_nothing_is_worth_zero(loss, mask, columns, count,
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", CROSS_ENTROPY)
+def test_a_masked_score_next_to_a_huge_one_has_finite_gradients(loss):
+    student, teacher = (scores.float().requires_grad_() for scores in POSITIVE)
+    huge = torch.zeros(3, 2, 4, 4).index_fill(3, torch.tensor([0]), 1e38)
+    loss(student + huge, teacher, MASK).backward()
+    assert student.grad.isfinite().all()
+    assert teacher.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("loss", [att_mse_sum_loss, att_ce_mean_loss])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_numbers_of_heads_may_differ_where_heads_are_merged(loss, mask):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from textbrewer.adaptors import Views
 from textbrewer.engine import LoaderBatches, rng
@@ -39,7 +38,7 @@ class CachedBatches(LoaderBatches):
         postprocess: applied to each batch once, when it is read.
         name: the loader's name, for messages.
         remember: runs the teachers on a batch.
-        quiet: whether to show no progress bar.
+        make_bar: makes a progress bar, given tqdm's options.
     """
 
     def __init__(
@@ -48,10 +47,10 @@ class CachedBatches(LoaderBatches):
         postprocess: Callable[[Any], Any] | None,
         name: str,
         remember: Callable[[Any], Remembered],
-        quiet: bool,
+        make_bar: Callable[..., Any],
     ) -> None:
         super().__init__(loader, None, name)
-        self.prepare_batch, self.remember, self.quiet = postprocess, remember, quiet
+        self.prepare_batch, self.remember, self.make_bar = postprocess, remember, make_bar
         self.entries: list[Remembered] | None = None
         self.order: list[int] = []
         self._build_start: rng.State | None = None
@@ -69,9 +68,13 @@ class CachedBatches(LoaderBatches):
             ValueError: if the loader is empty.
         """
         self._build_start = rng.take(generators_of(self.loader))
-        bar = tqdm(self.loader, desc="Teacher outputs", unit="batch", disable=self.quiet, dynamic_ncols=True)
-        batches = (batch if self.prepare_batch is None else self.prepare_batch(batch) for batch in bar)
-        self.entries = [self.remember(batch) for batch in batches]
+        entries = []
+        # The bar gets no iterable: tqdm would start the loader twice, and with it draw random numbers twice.
+        with self.make_bar(total=self.size, desc="Teacher outputs", unit="batch") as bar:
+            for batch in self.loader:
+                entries.append(self.remember(batch if self.prepare_batch is None else self.prepare_batch(batch)))
+                bar.update(1)
+        self.entries = entries
         self.order = list(range(len(self.entries)))
 
     def _begin(self, skipping: int = 0) -> Iterator[Any]:

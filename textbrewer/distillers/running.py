@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,8 +150,8 @@ def _batches(
     def remember(batch: Any) -> Remembered:
         return distiller.teachers.remember(runtime, task, batch, distiller.model_args, everything)
 
-    quiet = not (distiller.t_config.progress_bar and runtime.is_main)
-    return CachedBatches(loader, postprocess, _loader_name(task), remember, quiet)
+    make_bar = partial(engine.progress_bar, distiller.t_config, runtime)
+    return CachedBatches(loader, postprocess, _loader_name(task), remember, make_bar)
 
 
 def _shares(distiller: BaseDistiller, runtime: engine.Runtime, batches: list[Any]) -> list[dict[str, Tensor]]:

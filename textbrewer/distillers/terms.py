@@ -118,7 +118,7 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
         if head_S.shape != head_T.shape:
             raise ValueError(
                 f"logits of student and teacher must have the same shape, got {tuple(head_S.shape)} and "
-                f"{tuple(head_T.shape)}; return other logits from the adaptors, or a logits_mask that picks the same ones"
+                f"{tuple(head_T.shape)}; return other logits, or a logits_mask that picks the same ones"
             )
         if label is not None:
             head_T = heads.probability_shift(head_T, label)

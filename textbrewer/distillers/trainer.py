@@ -116,8 +116,8 @@ class _Step:
             views = adaptors.Views(module(batch, self.model_args)["views"])
         if "losses" not in views:
             raise KeyError(
-                f"BasicTrainer optimises 'losses', but the adaptor returned only {sorted(views)}; return the loss under "
-                "that key (a transformers model has one when the batch has labels)"
+                f"BasicTrainer optimises 'losses', but the adaptor returned only {sorted(views)}; return the loss "
+                "under that key (a transformers model has one when the batch has labels)"
             )
         now = terms.Now(0.0, 1.0, share)
         loss, _ = terms.total(terms.hard_label_terms(views, now), now)

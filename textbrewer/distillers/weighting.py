@@ -85,8 +85,9 @@ def check_counts(counts: Counts, views: Views) -> None:
             continue
         masks = views[key] if isinstance(views[key], list) else [views[key]]
         for mask in masks:
-            if int(mask.bool().sum()) != int(counts[name]):
+            picked, counted = int(mask.bool().sum()), int(counts[name])
+            if picked != counted:
                 raise ValueError(
-                    f"accumulation_weighting='positions': the adaptor's {key!r} picks {int(mask.bool().sum())} positions, "
-                    f"the batch was counted to have {int(counts[name])}; override the distiller's count_positions(batch)"
+                    f"accumulation_weighting='positions': the adaptor's {key!r} picks {picked} positions, the batch "
+                    f"was counted to have {counted}; override the distiller's count_positions(batch)"
                 )

@@ -7,7 +7,7 @@ from textbrewer.engine.rng import kept as rng_kept
 from textbrewer.engine.runtime import Runtime
 from textbrewer.engine.sharding import shard
 from textbrewer.engine.step_plan import StepPlan, plan_steps
-from textbrewer.engine.tracking import NonFiniteError
+from textbrewer.engine.tracking import NonFiniteError, progress_bar
 
 __all__ = [
     "Job",
@@ -20,6 +20,7 @@ __all__ = [
     "find_checkpoint",
     "first_batch",
     "plan_steps",
+    "progress_bar",
     "rng_kept",
     "run",
     "shard",

@@ -103,7 +103,7 @@ class Runtime:
                 parameter.grad /= self.world
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter], optimizer: Any, limit: float) -> Tensor:
-        """Return the norm of the gradients, unscaled, after clipping them to ``limit`` (not clipped if not positive)."""
+        """Return the norm of the gradients, unscaled, before clipping them to ``limit`` (if that is positive)."""
         if self.apex is not None:
             parameters = list(self.apex.amp.master_params(optimizer.optimizer))
         else:

@@ -101,7 +101,7 @@ class Saver:
             optimizer.load_state_dict(training["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"the checkpoint {str(resumed.path)!r} belongs to another optimizer (its parameter groups differ): {error}"
+                f"the checkpoint {str(resumed.path)!r} is of another optimizer (other parameter groups): {error}"
             ) from error
         if (scheduler is None) != (training["scheduler"] is None):
             has = "has no" if training["scheduler"] is None else "has a"

@@ -1,4 +1,4 @@
-"""What a run says while it works: progress bar, tensorboard, accelerate's trackers; one reading of the device each time."""
+"""What a run says while it works, to progress bar, tensorboard and trackers; the device is read once each time."""
 
 from __future__ import annotations
 
@@ -52,13 +52,7 @@ class Tracker:
         self._trackers = bool(config.log_with)
         if self._trackers:
             runtime.accelerator.init_trackers("textbrewer", config=settings)
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (config.progress_bar and runtime.is_main),
-        )
+        self.bar = progress_bar(config, runtime, total=total_steps, initial=first_step, unit="step")
 
     def record(self, step: int, logs: Mapping[str, Tensor | float]) -> None:
         """Keep a micro-batch's losses; nothing is read from the device.
@@ -120,6 +114,20 @@ class Tracker:
             self.runtime.accelerator.end_training()
 
 
+def progress_bar(config: TrainingConfig, runtime: Runtime, **options: Any) -> Any:
+    """Return a tqdm bar, silent where the configuration wants none or another process shows it.
+
+    Where a bar is wanted, tqdm decides (the variable ``TQDM_DISABLE`` turns it off).
+
+    Args:
+        config: whether to show bars.
+        runtime: whether this is the process that does.
+        **options: of tqdm.
+    """
+    silent = {} if config.progress_bar and runtime.is_main else {"disable": True}
+    return tqdm(dynamic_ncols=True, **options, **silent)
+
+
 def check_finite(step: int, losses: dict[str, float], scaled: bool) -> None:
     """Raise if a loss is NaN or infinite.
 
@@ -137,6 +145,6 @@ def check_finite(step: int, losses: dict[str, float], scaled: bool) -> None:
     terms = [name for name in bad if name != "total_loss"] or bad
     also = " (fp16 overflows beyond 65504: bf16 does not)" if scaled else ""
     raise NonFiniteError(
-        f"step {step}: {', '.join(terms)} is {losses[terms[0]]}{also}. The training stopped; the last checkpoint is good. "
-        "Check the batch (labels, masks), lower the learning rate, or clip with max_grad_norm"
+        f"step {step}: {', '.join(terms)} is {losses[terms[0]]}{also}. The training stopped; the last checkpoint is "
+        "good. Check the batch (labels, masks), lower the learning rate, or clip with max_grad_norm"
     )
