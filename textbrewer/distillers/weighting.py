@@ -34,7 +34,9 @@ def count_positions(batch: Any) -> Counts:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     rows = float(len(tensors[0]))
     length = float(next((item.shape[1] for item in tensors if item.dim() > 1), 1))
-    counts: Counts = {"rows": rows, "cells": rows * length, "cell_pairs": rows * length * length}
+    # A row without any position counts for no loss that averages over rows under the mask.
+    kept_rows = rows if mask is None else (mask != 0).any(dim=1).sum().double()
+    counts: Counts = {"rows": kept_rows, "cells": rows * length, "cell_pairs": rows * length * length}
     lengths = None if mask is None else mask.sum(dim=1).double()
     counts["positions"] = counts["cells"] if lengths is None else lengths.sum()
     counts["pairs"] = counts["cell_pairs"] if lengths is None else lengths.square().sum()

@@ -214,9 +214,9 @@ class _Loop:
             norm = self.runtime.gradient_norm(self.parameters, self.optimizer, self.job.max_grad_norm)
             if self.runtime.scaler is None and self.runtime.reads_are_free and not math.isfinite(norm.item()):
                 self._blame(batch)
-        self.optimizer.step()
+        updated = self.runtime.step(self.optimizer)
         self.global_step += 1
-        if self.optimizer.step_was_skipped:
+        if not updated:
             warnings.warn(
                 f"step {self.global_step}: gradients overflowed fp16; step skipped, scale lowered", stacklevel=2
             )

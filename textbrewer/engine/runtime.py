@@ -65,6 +65,9 @@ class Runtime:
         if self.config.data_parallel and torch.cuda.device_count() > 1:
             module = nn.DataParallel(module)
         module = self.accelerator.prepare_model(module)
+        if self.scaler is None:
+            # Accelerate's optimiser wrapper serves gradient scaling, and looks for packages on disk at every step.
+            return module, optimizer
         return module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def to_device(self, batch: Any) -> Any:
@@ -85,11 +88,13 @@ class Runtime:
 
     def backward(self, loss: Tensor, optimizer: Any) -> None:
         """Add the loss's gradients, scaled as the precision needs it."""
-        if self.apex is None:
+        if self.apex is not None:
+            with self.apex.amp.scale_loss(loss, optimizer) as scaled:
+                scaled.backward()
+        elif self.scaler is not None:
             self.accelerator.backward(loss)
         else:
-            with self.apex.amp.scale_loss(loss, optimizer.optimizer) as scaled:
-                scaled.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average gradients over the processes by hand, for a window whose end came unforeseen."""
@@ -105,14 +110,19 @@ class Runtime:
     def gradient_norm(self, parameters: Sequence[nn.Parameter], optimizer: Any, limit: float) -> Tensor:
         """Return the norm of the gradients, unscaled, before clipping them to ``limit`` (if that is positive)."""
         if self.apex is not None:
-            parameters = list(self.apex.amp.master_params(optimizer.optimizer))
-        else:
+            parameters = list(self.apex.amp.master_params(optimizer))
+        elif self.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+    def step(self, optimizer: Any) -> bool:
+        """Update the parameters; return False if gradient scaling skipped that, because gradients overflowed."""
+        optimizer.step()
+        return self.scaler is None or not optimizer.step_was_skipped
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""

@@ -1,9 +1,10 @@
 """What all losses share: the mask, the precision, the shape errors, and the one mean that each of them ends in.
 
 A mask has one value for each position, ``(batch, length)``, of any dtype; zero means the position does not exist.
-Its content never matters then, NaN included, and no loss selects by it: shapes stay static and nothing is read back
-from the device. The value of a fractional mask weighs its position, except in the losses between logits and in
-``cos``, where TextBrewer selects positions and so any value but zero counts as one.
+Its content never matters then, NaN included (but for the gradient of ``hidden_mse``, which asks for finite states), and
+no loss selects by it: shapes stay static and nothing is read back from the device. The value of a fractional mask
+weighs its position, except in the losses between logits and in ``cos``, where TextBrewer selects positions and so any
+value but zero counts as one.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def pair_weights(weight: Tensor) -> Tensor:
     return weight.unsqueeze(-1) * weight.unsqueeze(-2)
 
 
-def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+def weighted_mean(values: Tensor, weight: Tensor | None, cleared: bool = False) -> Tensor:
     r"""Mean of the values under their weights; zero, with a gradient of zero, where all weights are zero.
 
     .. math:: \frac{\sum_i w_i v_i}{\sum_i w_i}
@@ -151,6 +152,7 @@ def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
         values: any shape.
         weight: a shape that broadcasts to that of ``values`` and is counted as often as it is repeated; or None: all
             values weigh the same.
+        cleared: whether the values are known to be zero where the weight is, :func:`clear_masked` having come before.
 
     Returns:
         Scalar, in the dtype of ``values``.
@@ -158,5 +160,6 @@ def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return values.sum() / max(values.numel(), 1)
     total = weight.expand_as(values).sum()
-    weighted = values.masked_fill(weight == 0, 0.0) * weight
-    return weighted.sum() / torch.where(total > 0, total, torch.ones_like(total))
+    weighted = (values if cleared else values.masked_fill(weight == 0, 0.0)) * weight
+    # The lowest positive number instead of zero: 0 divided by it is 0.
+    return weighted.sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
