@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,3 +68,12 @@ def same_shape(student: Tensor, teacher: Tensor, name: str) -> None:
             f"{name} of student and teacher must have the same shape, "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the caller's code that led here: the first one outside this package."""
+    package, level = __name__.partition(".")[0], 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -88,7 +88,7 @@ class BaseDistiller:
         self._checked: set[str] = set()
         self._runtime: engine.Runtime | None = None
         self.model_args: dict[str, Any] = {}
-        self.student_args: dict[str, Any] = {}
+        self.student_args: dict[str, dict[str, Any]] = {}
 
     def _configured_widths(self, teachers: Sequence[nn.Module]) -> dict[int, tuple[int | None, int | None]]:
         """Return the widths that the models' configurations tell for each match, student's and teacher's."""
@@ -191,7 +191,7 @@ class BaseDistiller:
             results_T = self.teachers.views(self.runtime, task, teacher_batch, self.model_args, stored)
         student_batch = self.runtime.to_device(student_batch)
         with first_step.explained(student_batch):
-            output = module(student_batch, self.student_args, task)
+            output = module(student_batch, self.student_args[task], task)
         results_S = Views(output["views"], output["projected"], output["captured"])
         if task not in self._checked:
             first_step.check(results_S, results_T, self.plan)
@@ -230,8 +230,11 @@ class BaseDistiller:
         try:
             self._runtime, self._checked, self._knowledge = runtime, set(), self._make_knowledge()
             self.model_args = model_args
-            adaptor = next(iter(self.adaptors_S.values()))
-            self.student_args = {**adaptors.auto_arguments(adaptor, self.teachers.features), **model_args}
+            features = self.teachers.features
+            self.student_args = {
+                task: {**adaptors.auto_arguments(adaptor, features), **model_args}
+                for task, adaptor in self.adaptors_S.items()
+            }
             for teacher in self.teachers.all():
                 teacher.to(runtime.device)
             yield

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from textbrewer.adaptors import Views
-from textbrewer.engine import LoaderBatches, rng
-from textbrewer.engine.batches import generators_of
+from textbrewer.engine import LoaderBatches, generators_of, rng
 from textbrewer.matching import PlannedMatch
 
 
@@ -79,7 +78,10 @@ class CachedBatches(LoaderBatches):
 
     def _begin(self, skipping: int = 0) -> Iterator[Any]:
         if self.entries is None:
-            self.build()
+            if self._build_start is None:
+                self.build()
+            else:
+                self._build_again(self._build_start)
         entries = self.entries or []
         self._pass_start = rng.take(generators_of(self.loader))
         self._order_before = list(self.order)
@@ -96,12 +98,18 @@ class CachedBatches(LoaderBatches):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read the loader again as it was read first, and go to the place."""
+        """Go to the place; the loader is read again when the next batch is asked for, never if none is left to do."""
         if state["build_start"] is not None:
-            rng.put(state["build_start"], generators_of(self.loader))
-            self.build()
-            self.order = list(state["order"])
+            self.entries, self._build_start, self.order = None, state["build_start"], list(state["order"])
         super().load_state_dict(state)
+
+    def _build_again(self, start: rng.State) -> None:
+        """Read the loader as it was read first, for the order found in a checkpoint; no random number is used up."""
+        generators, order = generators_of(self.loader), self.order
+        with rng.kept(generators):
+            rng.put(start, generators)
+            self.build()
+        self.order = order
 
 
 def needed(views: Views, plan: Sequence[PlannedMatch], everything: bool) -> Views:

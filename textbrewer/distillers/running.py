@@ -19,7 +19,7 @@ from textbrewer.distillers.batch_parts import TaskBatch, split
 from textbrewer.distillers.caching import CachedBatches, Remembered
 from textbrewer.distillers.frozen import evaluating, frozen
 from textbrewer.distillers.student import call
-from textbrewer.engine.batches import LoaderBatches, size_of
+from textbrewer.engine import LoaderBatches, size_of
 
 PostProcessor = Callable[[Any], Any]
 MakeSource = Callable[[Mapping[str, LoaderBatches]], engine.Source]
@@ -172,7 +172,7 @@ def _probe_widths(distiller: BaseDistiller, runtime: engine.Runtime, data: Data)
         teacher_batch, student_batch, stored = split(batch)
         results_T = distiller.teachers.views(runtime, task, teacher_batch, distiller.model_args, stored)
         student_batch = runtime.to_device(student_batch)
-        outputs_S = call(student, student_batch, distiller.student_args)
+        outputs_S = call(student, student_batch, distiller.student_args[task])
         results_S = adaptors.normalise(distiller.adaptors_S[task](student_batch, outputs_S), "adaptor_S")
     distiller.build_projections(first_step.widths(Views(results_S), results_T, undecided))
 

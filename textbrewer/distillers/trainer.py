@@ -16,7 +16,6 @@ from textbrewer.configurations import TrainingConfig
 from textbrewer.distillers import first_step, terms, training, weighting
 from textbrewer.distillers.frozen import Modes, modes_of, set_modes
 from textbrewer.distillers.student import StudentModule
-from textbrewer.engine.batches import size_of
 
 
 class BasicTrainer:
@@ -71,7 +70,7 @@ class BasicTrainer:
         """
         training.check_loader(dataloader, "dataloader")
         training.check_arguments(optimizer, self.model, self.t_config.output_dir, max_grad_norm, callback, resume_from)
-        engine.plan_steps(self.t_config, num_epochs, num_steps, [size_of(dataloader)])
+        engine.plan_steps(self.t_config, num_epochs, num_steps, [engine.size_of(dataloader)])
         runtime = engine.Runtime(self.t_config)
         entered = self._modes_before is None
         if entered:
@@ -79,7 +78,7 @@ class BasicTrainer:
         try:
             loader = engine.shard(dataloader, runtime)
             plan = engine.plan_steps(
-                self.t_config, None if num_steps is not None else num_epochs, num_steps, [size_of(loader)]
+                self.t_config, None if num_steps is not None else num_epochs, num_steps, [engine.size_of(loader)]
             )
             exact = self.t_config.accumulation_weighting == "positions"
             job = engine.Job(

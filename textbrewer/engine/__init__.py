@@ -1,7 +1,8 @@
 """The only training loop of the library; it knows batches, losses and checkpoints, and nothing of distillation."""
 
-from textbrewer.engine.batches import LoaderBatches, Source, TaskBatches, first_batch
+from textbrewer.engine.batches import LoaderBatches, Source, TaskBatches
 from textbrewer.engine.checkpoint import find_checkpoint
+from textbrewer.engine.loaders import first_batch, generators_of, size_of
 from textbrewer.engine.loop import Job, run
 from textbrewer.engine.rng import kept as rng_kept
 from textbrewer.engine.runtime import Runtime
@@ -19,9 +20,11 @@ __all__ = [
     "TaskBatches",
     "find_checkpoint",
     "first_batch",
+    "generators_of",
     "plan_steps",
     "progress_bar",
     "rng_kept",
     "run",
     "shard",
+    "size_of",
 ]

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import skip_first_batches
-from torch.utils.data import DataLoader, IterableDataset
 
+from textbrewer import checks
 from textbrewer.engine import rng
+from textbrewer.engine.loaders import generators_of, iterate_from, size_of, tell_epoch
 
 PostProcessor = Callable[[Any], Any]
 
@@ -82,6 +82,7 @@ class LoaderBatches:
         try:
             batch = next(self._iterator)
         except StopIteration:
+            self._iterator = None
             if self.taken == 0:
                 raise ValueError(
                     f"{self.name} yielded no batch in pass {self.epoch + 1}; it must not be empty, and must be "
@@ -100,13 +101,18 @@ class LoaderBatches:
             return self.next_in_pass()
 
     def end_pass(self) -> None:
-        """End the pass; the next batch is the first of a new one."""
+        """End the pass; the next batch is the first of a new one.
+
+        A sampler may draw its last random numbers when it is asked for one batch too many, so it is, as by a ``for``.
+        """
+        if self._iterator is not None and next(self._iterator, None) is not None:
+            checks.warn(f"{self.name} yields more than len({self.name}) = {self.size} batches; the others are left out")
         self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
 
     def _begin(self, skipping: int = 0) -> Iterator[Any]:
         self._pass_start = rng.take(generators_of(self.loader))
         tell_epoch(self.loader, self.epoch)
-        return iterate_from(self.loader, skipping)
+        return iterate_from(self.loader, skipping, self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the data."""
@@ -203,64 +209,3 @@ def task_weights(sizes: list[int | None], tau: float) -> list[float] | None:
         return None
     powers = [float(size) ** tau for size in known]
     return [power / sum(powers) for power in powers]
-
-
-def size_of(loader: Iterable[Any]) -> int | None:
-    """Return a loader's number of batches, ``None`` if it does not tell."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def tell_epoch(loader: Any, epoch: int) -> None:
-    """Call ``set_epoch`` of the loader's dataset, sampler and batch sampler, where they have one."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = (loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None), batch_sampler)
-    told: list[Any] = []
-    for part in (*parts, getattr(batch_sampler, "sampler", None)):
-        set_epoch = getattr(part, "set_epoch", None)
-        if callable(set_epoch) and not any(part is other for other in told):
-            told.append(part)
-            set_epoch(epoch)
-
-
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the torch generators that a loader and its samplers own, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found: list[torch.Generator] = []
-    for owner in owners:
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator) and not any(generator is other for other in found):
-            found.append(generator)
-    return found
-
-
-def iterate_from(loader: Iterable[Any], count: int) -> Iterator[Any]:
-    """Return an iterator that stands after the first ``count`` batches, by row numbers alone where possible."""
-    if (
-        count
-        and isinstance(loader, DataLoader)
-        and not isinstance(loader.dataset, IterableDataset)
-        and loader.batch_sampler is not None
-    ):
-        return iter(skip_first_batches(loader, count))
-    iterator = iter(loader)
-    for _ in range(count):
-        next(iterator)
-    return iterator
-
-
-def first_batch(loader: Iterable[Any], postprocess: PostProcessor | None = None) -> Any:
-    """Return a loader's first batch, leaving the random-number state as it was.
-
-    Raises:
-        ValueError: if the loader can be iterated only once, or is empty.
-    """
-    if isinstance(loader, Iterator):
-        raise ValueError("dataloader is an iterator that can be read only once; pass an iterable such as a DataLoader")
-    with rng.kept(generators_of(loader)):
-        for batch in loader:
-            return batch if postprocess is None else postprocess(batch)
-    raise ValueError("dataloader must yield at least one batch, it is empty")

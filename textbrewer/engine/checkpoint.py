@@ -27,6 +27,8 @@ VERSION = 1
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 TRAINING_FILE = "training.pt"
+_COMPILED = "_orig_mod"
+"""Under this name torch.compile keeps the module it wraps."""
 _UNREADABLE = (
     OSError,
     RuntimeError,
@@ -76,13 +78,21 @@ def save_atomically(content: Any, path: Path) -> None:
 
 def plain_state(student: nn.Module) -> dict[str, Tensor]:
     """Return the student's tensors under the names it has outside any wrapper (compiled, data-parallel)."""
-    prefixes = ("_orig_mod.", "module.")
-    state: dict[str, Tensor] = {}
-    for name, value in student.state_dict().items():
-        for prefix in prefixes:
-            name = name.removeprefix(prefix)
-        state[name.replace("._orig_mod.", ".")] = value
-    return state
+    while (inner := _wrapped(student)) is not None:
+        student = inner
+    # A compiled part of the student keeps its wrapper's name as one part of the dotted names below it.
+    return {
+        ".".join(part for part in name.split(".") if part != _COMPILED): value
+        for name, value in student.state_dict().items()
+    }
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """Return the module inside a compiled or data-parallel one, ``None`` for any other."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner: nn.Module = model.module
+        return inner
+    return dict(model.named_children()).get(_COMPILED)
 
 
 class Writer:
@@ -154,6 +164,20 @@ def _flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what an interrupted write left, and give a checkpoint that was set aside its name back if it is free."""
+    for leftover in folder.glob(".gs*.pkl.tmp-*"):
+        leftover.unlink()
+    for leftover in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover)
+    for old in folder.glob(".checkpoint-*.old"):
+        final = folder / old.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, final)
 
 
 def checkpoints_in(folder: Path) -> list[tuple[Path, dict[str, Any]]]:

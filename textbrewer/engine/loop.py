@@ -92,13 +92,16 @@ class _Loop:
         self.module: nn.Module = job.module
         self.optimizer: Any = job.optimizer
         self.parameters: list[nn.Parameter] = []
+        self.not_held: list[nn.Parameter] = []
         self.tracker: Tracker
 
     def run(self, resume_from: str | os.PathLike[str] | None) -> int:
         resumed = self.saver.open(resume_from, self.job.module)
         self.module, self.optimizer = self.runtime.prepare(self.job.module, self.job.optimizer, self.job.teachers)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self.optimizer.zero_grad()
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        self.not_held = [parameter for parameter in self.parameters if id(parameter) not in held]
+        self._clear_gradients()
         callback_due = False
         if resumed is not None:
             self.global_step = self.saved_step = resumed.global_step
@@ -222,10 +225,16 @@ class _Loop:
             )
         elif self.job.scheduler is not None:
             self.job.scheduler.step()
-        self.optimizer.zero_grad()
+        self._clear_gradients()
         self.tracker.bar.update(1)
         if self.global_step % self.config.logging_steps == 0:
             self.tracker.flush({"lr": self.optimizer.param_groups[0]["lr"]})
+
+    def _clear_gradients(self) -> None:
+        """Forget all gradients; those that the optimiser does not hold would add up in the norm, step after step."""
+        self.optimizer.zero_grad()
+        for parameter in self.not_held:
+            parameter.grad = None
 
     def _blame(self, batch: Any) -> None:
         """Raise for a gradient that is not finite, naming the terms that gave it for the window's last batch."""
@@ -243,18 +252,25 @@ class _Loop:
         )
 
     def _checkpoint(self) -> None:
-        """Save, then call back; the student with a loss that is not finite is never saved."""
-        self.tracker.flush()
-        self.saver.save(
-            self.global_step,
-            self.tracker.records,
-            self.job,
-            self.plan,
-            callback_due=self.job.callback is not None,
-        )
-        self.saved_step = self.global_step
+        """Save, then call back."""
+        self._save(callback_due=self.job.callback is not None)
         if self.job.callback is not None:
             self._callback()
+
+    def _save(self, callback_due: bool) -> None:
+        """Save; a student with losses or weights that are not finite is never saved."""
+        self.tracker.flush()
+        if not self.runtime.reads_are_free:
+            # Elsewhere every gradient was checked before it was used.
+            norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in self.parameters])
+            if not math.isfinite(norm.item()):
+                raise NonFiniteError(
+                    f"step {self.global_step}: the student's weights are not finite, a gradient was not in one of the "
+                    "last steps. The training stopped; the last checkpoint is good. Lower the learning rate, or clip "
+                    "with max_grad_norm"
+                )
+        self.saver.save(self.global_step, self.tracker.records, self.job, self.plan, callback_due)
+        self.saved_step = self.global_step
 
     def _callback(self) -> None:
         """Evaluate; random numbers that the callback draws are part of the run, and kept for a resume."""
@@ -271,8 +287,7 @@ class _Loop:
         if not self.runtime.any_rank(bool(interruption)):
             return
         if self.saved_step != self.global_step:
-            self.tracker.flush()
-            self.saver.save(self.global_step, self.tracker.records, self.job, self.plan, callback_due=False)
+            self._save(callback_due=False)
         message = (
             f"Training interrupted at step {self.global_step} and saved; go on with resume_from='latest' "
             f"(output_dir {self.config.output_dir!r})"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from textbrewer import checks
 from textbrewer.engine import checkpoint, rng
 from textbrewer.engine.batches import Source
 from textbrewer.engine.runtime import Runtime
@@ -63,17 +62,16 @@ class Saver:
             ValueError: if it is missing, damaged, or of another run's shape.
         """
         if self.runtime.is_main:
-            for leftover in self.folder.glob(".checkpoint-*.tmp"):
-                shutil.rmtree(leftover)
+            checkpoint.tidy(self.folder)
+        self.runtime.wait()
         path = None if resume_from is None else checkpoint.find_checkpoint(resume_from, self.folder)
         if path is None:
             if resume_from is not None:
                 logger.info("resume_from='latest': no checkpoint in %s yet, starting anew", self.folder)
             elif any(self.folder.glob("checkpoint-*")):
-                warnings.warn(
+                checks.warn(
                     f"output_dir {str(self.folder)!r} has checkpoints of an earlier run; those with the same step "
-                    "number will be replaced. To go on from them, use train(..., resume_from='latest')",
-                    stacklevel=5,
+                    "number will be replaced. To go on from them, use train(..., resume_from='latest')"
                 )
             return None
         state = checkpoint.read_state(path)
@@ -97,6 +95,11 @@ class Saver:
             ValueError: if the optimiser has other parameter groups, or a file is damaged.
         """
         training = checkpoint.read_tensors(resumed.path, checkpoint.TRAINING_FILE)
+        written, own_class = training["optimizer_class"], _class_name(optimizer)
+        if written != own_class:
+            raise ValueError(
+                f"the checkpoint {str(resumed.path)!r} is of another optimizer: {written}, not {own_class}"
+            )
         try:
             optimizer.load_state_dict(training["optimizer"])
         except (ValueError, KeyError) as error:
@@ -110,10 +113,10 @@ class Saver:
             scheduler.load_state_dict(training["scheduler"])
         if self.runtime.scaler is not None and training["scaler"] is not None:
             self.runtime.scaler.load_state_dict(training["scaler"])
-        own = checkpoint.read_tensors(resumed.path, checkpoint.rank_file(self.runtime.rank))
         after = checkpoint.after_callback_file(self.runtime.rank)
-        if (resumed.path / after).exists():
-            own = checkpoint.read_tensors(resumed.path, after)
+        # If the end came while some of the processes had done the callback, all of them do it again.
+        done = not self.runtime.any_rank(not (resumed.path / after).exists())
+        own = checkpoint.read_tensors(resumed.path, after if done else checkpoint.rank_file(self.runtime.rank))
         source.load_state_dict(own["place"])
         rng.put(own["rng"])
         return bool(own["callback_due"])
@@ -132,6 +135,7 @@ class Saver:
             scaler = self.runtime.scaler
             training = {
                 "optimizer": job.optimizer.state_dict(),
+                "optimizer_class": _class_name(job.optimizer),
                 "scheduler": None if job.scheduler is None else job.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -152,3 +156,8 @@ class Saver:
         if self.current is not None:
             content = {"rng": rng.take(), "place": source.state_dict(), "callback_due": False}
             checkpoint.save_atomically(content, self.current / checkpoint.after_callback_file(self.runtime.rank))
+
+
+def _class_name(optimizer: Any) -> str:
+    """Return the name of the class of an optimiser, or of the one inside accelerate's wrapper."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
+from textbrewer import checks
 from textbrewer.engine import rng
+from textbrewer.engine.loaders import has_row_numbers, size_of, with_batch_sampler
 from textbrewer.engine.runtime import Runtime
 
 Agree = Callable[[int], int]
@@ -71,30 +72,13 @@ def shard(loader: Iterable[Any], runtime: Runtime) -> Iterable[Any]:
     """
     if runtime.world == 1:
         return loader
-    if (
-        not isinstance(loader, DataLoader)
-        or isinstance(loader.dataset, IterableDataset)
-        or loader.batch_sampler is None
-    ):
-        warnings.warn(
-            "distributed training: this dataloader has no row numbers to share among the processes, so it is used "
-            "as it is on each; it must yield other rows, and as many batches, in every process",
-            stacklevel=4,
+    if not isinstance(loader, DataLoader) or not has_row_numbers(loader) or size_of(loader.batch_sampler) is None:
+        checks.warn(
+            "distributed training: this dataloader has no finite list of row numbers to share among the processes, so "
+            "it is used as it is on each; it must yield other rows, and as many batches, in every process"
         )
         return loader
     inner = getattr(loader.batch_sampler, "sampler", None)
     if any(isinstance(part, DistributedSampler) for part in (loader.sampler, loader.batch_sampler, inner)):
         return loader
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=SharedOrder(loader.batch_sampler, runtime.rank, runtime.world, runtime.agree),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
+    return with_batch_sampler(loader, SharedOrder(loader.batch_sampler, runtime.rank, runtime.world, runtime.agree))

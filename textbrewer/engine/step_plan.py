@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,8 +45,10 @@ class StepPlan:
             epoch_ended: whether this step ended a pass (known for every loader, also those without a length).
             ended: whether this step ended the run.
         """
+        if ended:
+            return True
         if self.num_epochs is None:
-            return ended or (self.every_steps is not None and global_step % self.every_steps == 0)
+            return self.every_steps is not None and global_step % self.every_steps == 0
         wanted_epoch = (epoch + 1) % self.epoch_frequency == 0 or epoch + 1 == self.num_epochs
         if not wanted_epoch:
             return False
@@ -79,9 +80,7 @@ def plan_steps(
     if num_steps is not None:
         checks.integer(num_steps, "num_steps", minimum=1)
         if num_epochs is not None:
-            warnings.warn(
-                f"num_steps={num_steps} and num_epochs={num_epochs} are both given: num_steps counts", stacklevel=4
-            )
+            checks.warn(f"num_steps={num_steps} and num_epochs={num_epochs} are both given: num_steps counts")
         return StepPlan(accumulation, None, int(num_steps), None, frozenset(), 1, config.ckpt_steps)
     if num_epochs is None:
         raise ValueError("num_epochs or num_steps must be given to train()")
