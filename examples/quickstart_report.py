@@ -55,16 +55,16 @@ def evaluate(model, batches):
     return {"accuracy": 100 * right / count, "loss": loss / count}
 
 
-def measure(models, folder, texts, tokenizer):
+def measure(models, folder, rows, tokenizer):
     """Return accuracy, sizes and latency of each model of one seed.
 
     Args:
         models: by role.
         folder: where their trainings wrote, in a folder a role.
-        texts: what to time the models on.
+        rows: ``(text, label)``, the texts to time the models on.
         tokenizer: theirs.
     """
-    times = latencies(models, texts, tokenizer)
+    times = latencies(models, [text for text, _ in rows], tokenizer)
     measured = {}
     for role, model in models.items():
         curve = sorted((int(step), values) for step, values in read(folder / role / "curve.json").items())

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.engine.runs"])
+# The second is imported by the first optimiser that is made, and takes longer than all the rest.
+_context.set_forkserver_preload(["tests.engine.runs", "torch._dynamo"])
 LIMIT = 120.0
 """Seconds after which a process counts as hanging."""
 

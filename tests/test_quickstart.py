@@ -258,9 +258,9 @@ def test_restart_deletes_nothing_in_a_folder_of_others(tmp_path):
     assert (tmp_path / "seed0").exists()
 
 
-# ---- the whole script, tiny --------------------------------------------------------------------------------------------
+# ---- the whole script, tiny ------------------------------------------------------------------------------------------
 
-TINY = ["--rows", "64", "--epochs", "1"]
+TINY = ["--rows", "40", "--epochs", "1"]
 
 
 def start(output):

@@ -32,7 +32,7 @@ ADAPTOR_KEY_MEANINGS = {
 PUBLIC_MODULES = ("losses", "schedulers", "projections")
 """Where the functions of the registries are documented in the API reference."""
 
-MEASURED_PAGES = ("parity", "was-wrong", "benchmarks")
+MEASURED_PAGES = ("quickstart_results", "parity", "was-wrong", "benchmarks")
 """Pages that benchmarks write; a checkout without them builds all the same."""
 
 _ROLE = re.compile(r":(?:py:)?(class|func|meth|mod|data|attr|math):`([^`]+)`")

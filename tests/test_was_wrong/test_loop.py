@@ -106,7 +106,7 @@ def test_fraction_of_a_step(tmp_path):
 
 @pytest.mark.parametrize("kind", SINGLE)
 def test_loader_without_length(kind, tmp_path):
-    """A loader without __len__ fails with num_epochs."""
+    """A loader without `__len__` fails with num_epochs."""
     teacher, student = pair()
     trainer = distiller(kind, tmp_path, teacher, student, with_loss)
     optimizer = sgd(student)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -224,24 +224,20 @@ class BaseDistiller:
     @contextmanager
     def working(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> Iterator[None]:
         """Make ready for a run, and tidy up after it: modes, arguments of the models, teachers on the device."""
-        entered = self._modes_before is None
-        if entered:
-            self.__enter__()
+        self._runtime, self._checked, self._knowledge = runtime, set(), self._make_knowledge()
+        self.model_args = model_args
+        features = self.teachers.features
+        self.student_args = {
+            task: {**adaptors.auto_arguments(adaptor, features), **model_args}
+            for task, adaptor in self.adaptors_S.items()
+        }
+        for teacher in self.teachers.all():
+            teacher.to(runtime.device)
         try:
-            self._runtime, self._checked, self._knowledge = runtime, set(), self._make_knowledge()
-            self.model_args = model_args
-            features = self.teachers.features
-            self.student_args = {
-                task: {**adaptors.auto_arguments(adaptor, features), **model_args}
-                for task, adaptor in self.adaptors_S.items()
-            }
-            for teacher in self.teachers.all():
-                teacher.to(runtime.device)
-            yield
+            with nullcontext() if self._modes_before is not None else self:
+                yield
         finally:
             self._runtime = None
-            if entered:
-                self.__exit__()
 
     @property
     def runtime(self) -> engine.Runtime:

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from textbrewer.adaptors import Views
 from textbrewer.losses import mmd_loss
 from textbrewer.matching import PlannedMatch, select
 
-_OUT_OF_BOUNDS = re.compile(r"[Tt]arget -?\d+ is out of bounds|out of range in self|index out of range")
+# What torch says on a CPU of a class without a logit, and of a number without a row in an embedding.
+_NO_CLASS = re.compile(r"[Tt]arget -?\d+ is out of bounds")
+_NO_ROW = re.compile(r"index out of range in self")
 
 
 def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch]) -> None:
@@ -84,14 +87,30 @@ def _first(feature: Any) -> Tensor:
 
 @contextmanager
 def explained(batch: Any) -> Iterator[None]:
-    """Turn a model's bare "out of bounds" into an error that names the labels of the batch."""
+    """Turn a model's bare "out of bounds" into an error that names what in the batch is."""
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, Tensor) or not _OUT_OF_BOUNDS.search(str(error)):
-            raise
-        raise ValueError(
-            f"labels must be classes of the model, got labels from {int(labels.min())} to {int(labels.max())} "
-            f"({error}); give the models as many classes (num_labels), or map the labels"
-        ) from error
+        if _NO_CLASS.search(str(error)):
+            raise ValueError(
+                f"labels must be classes of the model, got {_ranges(batch, labels=True) or 'others'} ({error}); give "
+                "the models as many classes (num_labels), or map the labels"
+            ) from error
+        if _NO_ROW.search(str(error)):
+            raise ValueError(
+                f"numbers looked up in a table of the model must be less than its length, got "
+                f"{_ranges(batch, labels=False) or 'larger ones'} ({error}); use the tokenizer that belongs to the "
+                "model (vocab_size), and texts no longer than its positions"
+            ) from error
+        raise
+
+
+def _ranges(batch: Any, labels: bool) -> str:
+    """Return the least and largest numbers of a batch's integer entries by name: of those for labels, or of all."""
+    named = batch.items() if isinstance(batch, Mapping) else ()
+    return ", ".join(
+        f"{name} from {int(value.min())} to {int(value.max())}"
+        for name, value in named
+        if isinstance(value, Tensor) and value.numel() and not value.is_floating_point() and value.dtype != torch.bool
+        if not labels or "label" in str(name) or "positions" in str(name)
+    )

@@ -77,8 +77,11 @@ def train(distiller: BaseDistiller, arguments: Arguments, data: Data) -> None:
     sizes = [size_of(loader) for loader in data.loaders.values()]
     engine.plan_steps(config, arguments.num_epochs, arguments.num_steps, sizes)
     _check_weight_schedulers(distiller, arguments.num_steps is None and None in sizes)
-    runtime = engine.Runtime(config)
-    with distiller.working(runtime, arguments.model_args), frozen(distiller.teachers.all(), distiller.model_S):
+    with (
+        engine.Runtime(config) as runtime,
+        distiller.working(runtime, arguments.model_args),
+        frozen(distiller.teachers.all(), distiller.model_S),
+    ):
         _run(distiller, runtime, arguments, data)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from textbrewer import adaptors
 from textbrewer.adaptors import Adaptor, Views
+from textbrewer.distillers import first_step
 from textbrewer.distillers.batch_parts import split
 from textbrewer.distillers.caching import Remembered, needed
 from textbrewer.distillers.student import call
@@ -62,7 +63,7 @@ class Teachers:
             stored = runtime.to_device(stored)
             outputs = stored if len(models) > 1 else [stored]
         results = []
-        with torch.no_grad():
+        with torch.no_grad(), first_step.explained(batch):
             for number, (model, adaptor) in enumerate(zip(models, self.adaptors[task], strict=True)):
                 raw, captured = (
                     (outputs[number], {})

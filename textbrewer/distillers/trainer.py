@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,15 +72,12 @@ class BasicTrainer:
         training.check_loader(dataloader, "dataloader")
         training.check_arguments(optimizer, self.model, self.t_config.output_dir, max_grad_norm, callback, resume_from)
         engine.plan_steps(self.t_config, num_epochs, num_steps, [engine.size_of(dataloader)])
-        runtime = engine.Runtime(self.t_config)
-        entered = self._modes_before is None
-        if entered:
-            self.__enter__()
-        try:
+        modes: AbstractContextManager[Any] = self if self._modes_before is None else nullcontext()
+        with engine.Runtime(self.t_config) as runtime, modes:
             loader = engine.shard(dataloader, runtime)
-            plan = engine.plan_steps(
-                self.t_config, None if num_steps is not None else num_epochs, num_steps, [engine.size_of(loader)]
-            )
+            # The second plan, of what each process reads; a warning about both lengths was given with the first.
+            epochs = num_epochs if num_steps is None else None
+            plan = engine.plan_steps(self.t_config, epochs, num_steps, [engine.size_of(loader)])
             exact = self.t_config.accumulation_weighting == "positions"
             job = engine.Job(
                 module=StudentModule(self.model, {"": self.adaptor}, {}).to(runtime.device),
@@ -94,9 +92,6 @@ class BasicTrainer:
                 settings=self.t_config.to_dict(),
             )
             engine.run(job, self.t_config, runtime, plan, resume_from)
-        finally:
-            if entered:
-                self.__exit__()
 
     def count_positions(self, batch: Any) -> weighting.Counts:
         """Count what the losses average over; see :meth:`GeneralDistiller.count_positions`."""

@@ -10,7 +10,7 @@ import torch
 
 from textbrewer import checks
 from textbrewer.engine import rng
-from textbrewer.engine.loaders import generators_of, iterate_from, size_of, tell_epoch
+from textbrewer.engine.loaders import generators_of, iterate_from, size_of, start_workers, tell_epoch
 
 PostProcessor = Callable[[Any], Any]
 
@@ -112,7 +112,7 @@ class LoaderBatches:
     def _begin(self, skipping: int = 0) -> Iterator[Any]:
         self._pass_start = rng.take(generators_of(self.loader))
         tell_epoch(self.loader, self.epoch)
-        return iterate_from(self.loader, skipping, self.name)
+        return iterate_from(self.loader, skipping, self.name, first_pass=self.epoch == 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the data."""
@@ -130,6 +130,8 @@ class LoaderBatches:
         """
         generators = generators_of(self.loader)
         self.epoch, self.taken, self._iterator = int(state["epoch"]), 0, None
+        if self.epoch or state["taken"]:
+            start_workers(self.loader)
         if state["taken"]:
             rng.put(state["pass_start"], generators)
             self.taken = int(state["taken"])

@@ -35,7 +35,9 @@ def caught() -> Iterator[Interruption]:
         yield interruption
         return
     # getsignal gives None for a handler that Python did not install and cannot put back.
-    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGTERM, signal.SIGINT)}
+    # What is ignored stays so: a shell starts jobs in the background without SIGINT.
+    before = {signum: handler for signum, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def note(signum: int, frame: FrameType | None) -> None:
         interruption.signum = signum

@@ -97,8 +97,14 @@ class RestOfPass:
         return next(self.start())
 
 
-def iterate_from(loader: Iterable[Any], count: int, name: str = "dataloader") -> Iterator[Any]:
+def iterate_from(loader: Iterable[Any], count: int, name: str = "dataloader", first_pass: bool = True) -> Iterator[Any]:
     """Return an iterator that stands after the first ``count`` batches, by row numbers alone where possible.
+
+    Args:
+        loader: the user's loader.
+        count: batches to leave out.
+        name: the loader's name, for messages.
+        first_pass: whether this is the loader's first pass.
 
     Raises:
         ValueError: if there are not as many batches.
@@ -108,11 +114,20 @@ def iterate_from(loader: Iterable[Any], count: int, name: str = "dataloader") ->
         _skip(iterator, count, name)
         return iterator
     rest = RestOfPass(cast("Iterable[Any]", loader.batch_sampler), count, name)
+    if loader.persistent_workers and not first_pass:
+        rest.start()
     iterator = iter(with_batch_sampler(loader, rest))
-    # Not before: a loader draws its workers' seed first, and then its sampler the order. And not later: the caller is
-    # about to put back the random numbers of the place.
+    # Not before: a loader draws its workers' seed first (unless they have one), and then its sampler the order. And
+    # not later: the caller is about to put back the random numbers of the place.
     rest.start()
     return iterator
+
+
+def start_workers(loader: Any) -> None:
+    """Start workers that stay, which draw their seed only then, so that later passes draw none."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        with rng.kept(generators_of(loader)):
+            iter(loader)
 
 
 def _skip(iterator: Iterator[Any], count: int, name: str) -> None:

@@ -96,7 +96,7 @@ class _Loop:
         self.tracker: Tracker
 
     def run(self, resume_from: str | os.PathLike[str] | None) -> int:
-        resumed = self.saver.open(resume_from, self.job.module)
+        resumed = self.saver.open(resume_from, self.job)
         self.module, self.optimizer = self.runtime.prepare(self.job.module, self.job.optimizer, self.job.teachers)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -105,7 +105,7 @@ class _Loop:
         callback_due = False
         if resumed is not None:
             self.global_step = self.saved_step = resumed.global_step
-            callback_due = self.saver.restore(resumed, self.optimizer, self.job.scheduler, self.job.source)
+            callback_due = self.saver.restore(self.optimizer, self.job.scheduler, self.job.source)
         self.tracker = Tracker(
             self.config,
             self.runtime,
@@ -292,5 +292,5 @@ class _Loop:
             f"Training interrupted at step {self.global_step} and saved; go on with resume_from='latest' "
             f"(output_dir {self.config.output_dir!r})"
         )
-        self.tracker.say(message)
+        self.tracker.say(message, urgent=True)
         interruption.stop(message)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -27,14 +27,16 @@ Optimizer = torch.optim.Optimizer
 class Runtime:
     """Device, processes and precision of a run.
 
-    Accelerate keeps its state once a process. A run sets that state up anew for its own device and precision, so
-    several distillers with different ones can follow each other.
+    Accelerate keeps its state once a process. A run sets that state up anew for its own device and precision, and
+    :meth:`close` puts back what was there, so several distillers with different ones can follow each other, and other
+    users of accelerate are left alone.
 
     Args:
         config: device, precision, distribution and trackers.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
+        self._state_before = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
         self.config = config
         self.precision = _precision(config)
         self.apex: Any = _import_apex() if self.precision == "apex" else None
@@ -45,6 +47,20 @@ class Runtime:
         self.is_main = self.rank == 0
         self.scaler: Any = self.accelerator.scaler
         self.reads_are_free = self.device.type == "cpu"
+
+    def __enter__(self) -> Runtime:
+        """Return the runtime; the end of the context closes it."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the runtime."""
+        self.close()
+
+    def close(self) -> None:
+        """Put accelerate's process-wide state back as it was before the run."""
+        for state, content in self._state_before:
+            state._shared_state.clear()
+            state._shared_state.update(content)
 
     def prepare(
         self, module: nn.Module, optimizer: Optimizer, teachers: Sequence[nn.Module] = ()

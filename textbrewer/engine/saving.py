@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from textbrewer import checks
-from textbrewer.engine import checkpoint, rng
+from textbrewer.engine import checkpoint, fitting, rng
 from textbrewer.engine.batches import Source
 from textbrewer.engine.runtime import Runtime
 from textbrewer.engine.step_plan import StepPlan
@@ -54,9 +52,11 @@ class Saver:
         self.folder, self.runtime = folder, runtime
         self.writer = checkpoint.Writer(folder, keep, run_id)
         self.current: Path | None = None
+        # What open() reads for restore(): optimiser, schedule and scaler; this process's random numbers and place.
+        self._read: tuple[dict[str, Any], dict[str, Any]] | None = None
 
-    def open(self, resume_from: str | os.PathLike[str] | None, module: nn.Module) -> Resumed | None:
-        """Find and check the checkpoint to resume from, and load student and projections from it.
+    def open(self, resume_from: str | os.PathLike[str] | None, job: Job) -> Resumed | None:
+        """Find the checkpoint to resume from, read and check all of it, and then load student and projections.
 
         Raises:
             ValueError: if it is missing, damaged, or of another run's shape.
@@ -80,43 +80,36 @@ class Saver:
                 f"the checkpoint {str(path)!r} was written by {state['world']} processes and must be resumed with as "
                 f"many, got {self.runtime.world}"
             )
-        checkpoint.read_model(path, module)
+        fitting.check_model(path, job.module)
+        training = checkpoint.read_tensors(path, checkpoint.TRAINING_FILE)
+        fitting.check_training(path, training, job.optimizer, job.scheduler)
+        after = checkpoint.after_callback_file(self.runtime.rank)
+        # If the end came while some of the processes had done the callback, all of them do it again.
+        done = not self.runtime.any_rank(not (path / after).exists())
+        own = checkpoint.read_tensors(path, after if done else checkpoint.rank_file(self.runtime.rank))
+        checkpoint.read_model(path, job.module)
         self.writer.run_id = state["run_id"]
         self.current = path
+        self._read = training, own
         return Resumed(path, state)
 
-    def restore(self, resumed: Resumed, optimizer: Any, scheduler: Any, source: Source) -> bool:
+    def restore(self, optimizer: Any, scheduler: Any, source: Source) -> bool:
         """Restore optimiser, schedule, scaler, place in the data and random numbers, in this order.
 
         Returns:
             Whether the checkpoint's callback was still to be called.
 
         Raises:
-            ValueError: if the optimiser has other parameter groups, or a file is damaged.
+            RuntimeError: if no checkpoint was opened.
         """
-        training = checkpoint.read_tensors(resumed.path, checkpoint.TRAINING_FILE)
-        written, own_class = training["optimizer_class"], _class_name(optimizer)
-        if written != own_class:
-            raise ValueError(
-                f"the checkpoint {str(resumed.path)!r} is of another optimizer: {written}, not {own_class}"
-            )
-        try:
-            optimizer.load_state_dict(training["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"the checkpoint {str(resumed.path)!r} is of another optimizer (other parameter groups): {error}"
-            ) from error
-        if (scheduler is None) != (training["scheduler"] is None):
-            has = "has no" if training["scheduler"] is None else "has a"
-            raise ValueError(f"the checkpoint {str(resumed.path)!r} {has} learning-rate schedule; resume with the same")
+        if self._read is None:
+            raise RuntimeError("restore() needs a checkpoint, opened before")
+        (training, own), self._read = self._read, None
+        optimizer.load_state_dict(training["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(training["scheduler"])
         if self.runtime.scaler is not None and training["scaler"] is not None:
             self.runtime.scaler.load_state_dict(training["scaler"])
-        after = checkpoint.after_callback_file(self.runtime.rank)
-        # If the end came while some of the processes had done the callback, all of them do it again.
-        done = not self.runtime.any_rank(not (resumed.path / after).exists())
-        own = checkpoint.read_tensors(resumed.path, after if done else checkpoint.rank_file(self.runtime.rank))
         source.load_state_dict(own["place"])
         rng.put(own["rng"])
         return bool(own["callback_due"])
@@ -135,7 +128,7 @@ class Saver:
             scaler = self.runtime.scaler
             training = {
                 "optimizer": job.optimizer.state_dict(),
-                "optimizer_class": _class_name(job.optimizer),
+                "optimizer_class": fitting.class_name(job.optimizer),
                 "scheduler": None if job.scheduler is None else job.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -156,8 +149,3 @@ class Saver:
         if self.current is not None:
             content = {"rng": rng.take(), "place": source.state_dict(), "callback_due": False}
             checkpoint.save_atomically(content, self.current / checkpoint.after_callback_file(self.runtime.rank))
-
-
-def _class_name(optimizer: Any) -> str:
-    """Return the name of the class of an optimiser, or of the one inside accelerate's wrapper."""
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__

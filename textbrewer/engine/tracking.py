@@ -99,10 +99,11 @@ class Tracker:
             self.runtime.accelerator.log(row, step=self.records)
         self.records += 1
 
-    def say(self, message: str) -> None:
-        """Log a line, and print it above the bar if there is one."""
-        logger.info(message)
-        if not self.bar.disable:
+    def say(self, message: str, urgent: bool = False) -> None:
+        """Log a line, and print it above the bar if there is one; an urgent one is seen without a bar too."""
+        shown = not self.bar.disable
+        logger.log(logging.WARNING if urgent and self.runtime.is_main and not shown else logging.INFO, message)
+        if shown:
             self.bar.write(message)
 
     def close(self) -> None:
