@@ -107,7 +107,9 @@ class Rows(Dataset):
         self.attention_mask = (torch.arange(LENGTH) < lengths.unsqueeze(1)).long()
         self.input_ids = self.input_ids * self.attention_mask
         classes = self.input_ids % CLASSES
-        self.labels = classes.masked_fill(self.attention_mask == 0, IGNORED) if by_token else classes[:, 0]
+        # Half of the tokens have no label, never the first: the positions with logits are not those with states.
+        unlabelled = (self.input_ids % 2 == 0) & (torch.arange(LENGTH) > 0)
+        self.labels = classes.masked_fill(unlabelled, IGNORED) if by_token else classes[:, 0]
         self.reads: list[int] = []
 
     def __len__(self):

@@ -159,9 +159,7 @@ def auto_adaptor(batch: Any, outputs: Any) -> dict[str, Any]:
     if views["logits"] is not None and views["logits"].dim() == 3:
         views["logits_mask"] = position_mask if labels is None else labels != IGNORED_LABEL
     views["labels"] = labels
-    prefix = "decoder_" if seq2seq else ""
-    views["hidden"] = outputs.get(prefix + "hidden_states")
-    views["attention"] = outputs.get(prefix + "attentions")
+    views |= _features(outputs)
     views["inputs_mask"] = (labels != IGNORED_LABEL) if seq2seq and labels is not None else inputs_mask
     return views
 
@@ -180,8 +178,15 @@ def _question_answering(batch: Mapping[str, Any], outputs: Mapping[str, Any]) ->
         "losses": outputs.get("loss"),
         "labels": labels,
         "inputs_mask": batch.get("attention_mask"),
-        "hidden": outputs.get("hidden_states"),
-        "attention": outputs.get("attentions"),
+        **_features(outputs),
+    }
+
+
+def _features(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hidden states and attention maps, of a model with encoder and decoder those of the decoder."""
+    return {
+        "hidden": outputs.get("hidden_states", outputs.get("decoder_hidden_states")),
+        "attention": outputs.get("attentions", outputs.get("decoder_attentions")),
     }
 
 

@@ -42,10 +42,10 @@ def adaptor(batch, outputs):
 
 
 def make_batches(rows, tokenizer):
-    """Return batches of 32 sentences of like length, so that little is padding."""
+    """Return batches of 16 sentences of like length, so that little is padding."""
     rows, batches = sorted(rows, key=lambda row: len(row[0])), []
-    for first in range(0, len(rows), 32):
-        texts, labels = zip(*rows[first : first + 32], strict=True)
+    for first in range(0, len(rows), 16):
+        texts, labels = zip(*rows[first : first + 16], strict=True)
         batch = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
         batches.append({**batch, "labels": torch.tensor(labels)})
     return batches

@@ -40,10 +40,10 @@ def adaptor(batch, outputs):
 
 
 def make_batches(sentences, tokenizer):
-    """Return batches of 32 sentences of like length; a word's first piece has its tag, the others IGNORED."""
+    """Return batches of 16 sentences of like length; a word's first piece has its tag, the others IGNORED."""
     sentences, batches = sorted(sentences, key=lambda sentence: len(sentence[0])), []
-    for first in range(0, len(sentences), 32):
-        words, tags = zip(*sentences[first : first + 32], strict=True)
+    for first in range(0, len(sentences), 16):
+        words, tags = zip(*sentences[first : first + 16], strict=True)
         batch = tokenizer(
             list(words), is_split_into_words=True, padding=True, truncation=True, max_length=64, return_tensors="pt"
         )

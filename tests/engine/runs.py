@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from tests.conftest import CLASSES, IGNORED, Encoder, Rows, adaptor, make_config, make_loader, seed_all
+from tests.conftest import CLASSES, Encoder, Rows, adaptor, make_config, make_loader, seed_all
 from textbrewer import (
     BasicDistiller,
     BasicTrainer,
@@ -66,7 +66,9 @@ class TwoHeads(Encoder):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed=seed)
-        self.other = nn.Linear(32, CLASSES)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.other = nn.Linear(32, CLASSES)
 
     def forward(self, input_ids, attention_mask, labels=None):
         outputs = super().forward(input_ids, attention_mask, labels)
@@ -277,6 +279,34 @@ class Run:
         }
 
 
+def distil(folder: Path, loader: Any, length: dict[str, int], **settings: Any) -> GeneralDistiller:
+    """Distil a wider teacher into a small student without dropout by plain gradient descent, and return the distiller.
+
+    Args:
+        folder: the output folder.
+        loader: the loader.
+        length: ``num_epochs`` or ``num_steps``.
+        **settings: ``student``, ``teacher``, ``adaptor_S``, ``lr``; ``distill`` and ``train``, dicts of settings of the
+            distillation and arguments of ``train()``; all others are settings of the training.
+    """
+    seed_all(0)
+    student = settings.pop("student", None) or Encoder(dropout=0.0, seed=STUDENT_SEED)
+    teacher = settings.pop("teacher", None) or Encoder(width=48, seed=TEACHER_SEED)
+    adaptor_S, learning_rate = settings.pop("adaptor_S", adaptor), settings.pop("lr", 0.1)
+    distill, train = settings.pop("distill", {}), settings.pop("train", {})
+    distiller = GeneralDistiller(
+        make_config(folder, **settings), DistillationConfig(**distill), teacher, student, adaptor, adaptor_S
+    )
+    distiller.train(torch.optim.SGD(student.parameters(), lr=learning_rate), loader, **length, **train)
+    return distiller
+
+
+def weights(distiller: Any) -> Tensor:
+    """Return all weights of student and projections in one vector."""
+    modules = [distiller.model_S, *distiller.projections.values()]
+    return torch.cat([parameter.detach().flatten() for module in modules for parameter in module.parameters()])
+
+
 def equal(first: Any, second: Any) -> bool:
     """Return whether two nests of tensors and plain values are equal bit for bit."""
     if isinstance(first, Tensor):
@@ -291,6 +321,3 @@ def equal(first: Any, second: Any) -> bool:
 def checkpoints(folder: Path) -> list[Path]:
     """Return the resume checkpoints of a folder by their step."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-__all__ = ["IGNORED", "SCENARIOS", "Run", "checkpoints", "equal"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from textbrewer.adaptors import Views
+from textbrewer.distillers import heads
 from textbrewer.losses import mmd_loss
 from textbrewer.matching import PlannedMatch, select
 
@@ -20,13 +21,16 @@ _NO_ROW = re.compile(r"index out of range in self")
 
 
 def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch]) -> None:
-    """Check labels, layers and widths; reads the device once.
+    """Check labels, masks, layers and widths; reads the device.
 
     Raises:
-        ValueError: if labels are outside the classes, or widths differ without a projection.
+        ValueError: if labels are outside the classes, masks pick other numbers of positions, or widths differ without
+            a projection.
         KeyError, IndexError: if a feature or layer is missing.
     """
     check_labels(results_S)
+    for results in results_T:
+        check_masks(results_S, results)
     for planned in plan:
         match = planned.match
         feature_T = select(results_T[match.teacher], match.feature, match.layer_T, "teacher")
@@ -53,10 +57,10 @@ def check_widths(planned: PlannedMatch, feature_S: Tensor, feature_T: Tensor) ->
 
 def check_labels(results_S: Views) -> None:
     """Raise ValueError if a label is not a class of its head's logits (negative labels are ignored ones)."""
-    heads, labels = results_S.get("logits", []), results_S.get("labels", [])
-    if len(heads) != len(labels):
+    logits, labels = results_S.get("logits", []), results_S.get("labels", [])
+    if len(logits) != len(labels):
         return
-    for head, label in zip(heads, labels, strict=True):
+    for head, label in zip(logits, labels, strict=True):
         if label.is_floating_point() or label.shape != head.shape[:-1] or label.numel() == 0:
             continue
         largest = int(label.max())
@@ -65,6 +69,17 @@ def check_labels(results_S: Views) -> None:
                 f"labels must be less than the number of classes, {head.shape[-1]}, got {largest}; "
                 "give the models as many classes (num_labels), or map the labels"
             )
+
+
+def check_masks(results_S: Views, results_T: Views) -> None:
+    """Raise ValueError unless the sides' logits masks pick as many positions, head by head."""
+    logits = results_S.get("logits", [])
+    if len(logits) != len(results_T.get("logits", [])):
+        return
+    masks = (heads.masks_of(results, len(logits)) for results in (results_S, results_T))
+    for head, mask_S, mask_T in zip(logits, *masks, strict=True):
+        if head.dim() == 3 and mask_S is not None and mask_T is not None and mask_S is not mask_T:
+            heads.check_counts(mask_S, mask_T)
 
 
 def widths(

@@ -58,7 +58,12 @@ def labels_of(results: Views, heads: int) -> list[Tensor]:
 
 
 def align(
-    logits_S: Tensor, logits_T: Tensor, mask_S: Tensor | None, mask_T: Tensor | None, labels: Tensor | None
+    logits_S: Tensor,
+    logits_T: Tensor,
+    mask_S: Tensor | None,
+    mask_T: Tensor | None,
+    labels: Tensor | None,
+    names: tuple[str, str] = ("adaptor_S", "adaptor_T"),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return logits, one mask and labels whose positions correspond.
 
@@ -72,22 +77,27 @@ def align(
         mask_S: ``(batch, length)`` or ``None``: the teacher's counts for both.
         mask_T: ``(batch, length_T)`` or ``None``: the student's counts for both.
         labels: ``(batch, length)`` or ``None``.
+        names: whose they are, for messages.
 
     Raises:
-        ValueError: if a mask does not have the shape of its logits.
+        ValueError: if a mask does not have the shape of the logits it counts for, or (on the CPU, where that can be
+            seen without waiting) the masks pick other numbers of positions.
     """
-    for who, logits, mask in (("S", logits_S, mask_S), ("T", logits_T, mask_T)):
-        if mask is not None and mask.shape != logits.shape[:2]:
-            raise ValueError(
-                f"logits_mask of adaptor_{who} must have the shape (batch, length) of its logits "
-                f"{tuple(logits.shape[:2])}, got {tuple(mask.shape)}"
-            )
     own_S = mask_S if mask_S is not None else mask_T
     own_T = mask_T if mask_T is not None else mask_S
     if own_S is None or own_T is None:
         raise ValueError("align needs at least one mask")
+    for who, logits, mask, given in zip(names, (logits_S, logits_T), (own_S, own_T), (mask_S, mask_T), strict=True):
+        if mask.shape != logits.shape[:2]:
+            hint = "" if given is not None else f", the other side's, as {who} returned none"
+            raise ValueError(
+                f"logits_mask of {who} must have the shape (batch, length) of its logits {tuple(logits.shape[:2])}, "
+                f"got {tuple(mask.shape)}{hint}"
+            )
     if logits_S.shape[:2] == logits_T.shape[:2] and same_mask(own_S, own_T):
         return logits_S, logits_T, own_S.bool(), labels
+    if own_S.device.type == "cpu":
+        check_counts(own_S, own_T, names)
     front_S, picked_S, labels = to_front(logits_S, own_S, labels)
     front_T, picked_T, _ = to_front(logits_T, own_T, None)
     count = min(len(front_S), len(front_T))
@@ -97,6 +107,16 @@ def align(
         (picked_S[:count] & picked_T[:count]),
         None if labels is None else labels[:count],
     )
+
+
+def check_counts(mask_S: Tensor, mask_T: Tensor, names: tuple[str, str] = ("adaptor_S", "adaptor_T")) -> None:
+    """Raise ValueError unless two masks pick as many positions (waits for the device)."""
+    counts = int(mask_S.bool().sum()), int(mask_T.bool().sum())
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"logits_mask of {names[0]} and {names[1]} must pick as many positions, got {counts[0]} and {counts[1]}; "
+            "the first that one picks is compared with the first that the other picks, and so on"
+        )
 
 
 def same_mask(first: Tensor, second: Tensor) -> bool:

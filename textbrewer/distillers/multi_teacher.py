@@ -96,7 +96,10 @@ def _mean(logits: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Ten
     """Return the mean of one head's logits over the teachers, and its mask."""
     mask = next((item for item in masks if item is not None), None)
     if logits[0].dim() == 3 and mask is not None:
-        aligned = [heads.align(logits[0], item, masks[0], own, None) for item, own in zip(logits, masks, strict=True)]
+        aligned = [
+            heads.align(logits[0], item, masks[0], own, None, ("adaptor_T[0]", f"adaptor_T[{number}]"))
+            for number, (item, own) in enumerate(zip(logits, masks, strict=True))
+        ]
         if any(front is not logits[0] for front, *_ in aligned):
             # Some teacher picks other positions: bring the picked ones of each to the front before averaging.
             fronts = [

@@ -149,32 +149,26 @@ class _Loop:
 
     def _window(self) -> None:
         """Do one optimiser step, over as many micro-batches as the window has."""
-        epoch, count, ended = self.job.source.epoch, 0, False
+        epoch, ended, synced = self.job.source.epoch, False, True
+        batches: list[Any] = []
         if self.job.shares is None:
-            batch = None
-            item = None
-            for number in range(self.plan.accumulation):
+            while len(batches) < self.plan.accumulation and not ended:
                 item = self._next()
                 if item is None:
-                    ended = True
+                    # Unforeseen: the last micro-batch did not know that it was the window's last.
+                    ended, synced = True, False
                     break
                 batch, ended = item
-                count += 1
-                last = ended or number + 1 == self.plan.accumulation
-                self._micro_batch(batch, last, None)
-                if ended:
-                    break
-            # A pass that ended unforeseen: the last micro-batch did not know that it was the window's last.
-            synced = item is not None
+                batches.append(batch)
+                self._micro_batch(batch, ended or len(batches) == self.plan.accumulation, None)
         else:
             batches, ended = self._collect()
-            count, synced = len(batches), True
             for number, (batch, share) in enumerate(zip(batches, self.job.shares(batches), strict=True)):
-                self._micro_batch(batch, number + 1 == count, share)
-        if count == 0:
+                self._micro_batch(batch, number + 1 == len(batches), share)
+        if not batches:
             self._pass_ended_late(epoch)
             return
-        self._update(batch, count, synced)
+        self._update(batches, synced)
         if self.plan.checkpoint_due(self.global_step, epoch, ended, self._done()):
             self._checkpoint()
 
@@ -206,17 +200,17 @@ class _Loop:
                 self.tracker.flush()
             runtime.backward(loss if self.plan.accumulation == 1 else loss / self.plan.accumulation, self.optimizer)
 
-    def _update(self, batch: Any, count: int, synced: bool) -> None:
+    def _update(self, batches: list[Any], synced: bool) -> None:
         """Clip, check, and step optimiser and schedule."""
         if not synced:
             self.runtime.average_gradients(self.parameters)
-        if count < self.plan.accumulation:
-            factor = self.plan.accumulation / count
+        if len(batches) < self.plan.accumulation:
+            factor = self.plan.accumulation / len(batches)
             torch._foreach_mul_([item.grad for item in self.parameters if item.grad is not None], factor)
         if self.wants_norm:
             norm = self.runtime.gradient_norm(self.parameters, self.optimizer, self.job.max_grad_norm)
             if self.runtime.scaler is None and self.runtime.reads_are_free and not math.isfinite(norm.item()):
-                self._blame(batch)
+                self._blame(batches)
         updated = self.runtime.step(self.optimizer)
         self.global_step += 1
         if not updated:
@@ -236,15 +230,16 @@ class _Loop:
         for parameter in self.not_held:
             parameter.grad = None
 
-    def _blame(self, batch: Any) -> None:
-        """Raise for a gradient that is not finite, naming the terms that gave it for the window's last batch."""
-        _, logs = self.job.step(self.module, batch, self.plan.progress(self.global_step), None)
-        culprits = []
-        for name, term in logs.items():
-            if isinstance(term, Tensor) and term.requires_grad:
-                grads = torch.autograd.grad(term, self.parameters, retain_graph=True, allow_unused=True)
-                if not all(bool(grad.isfinite().all()) for grad in grads if grad is not None):
-                    culprits.append(name)
+    def _blame(self, batches: list[Any]) -> None:
+        """Raise for a gradient that is not finite, naming the terms that gave it."""
+        culprits: dict[str, None] = {}
+        for batch in batches:
+            _, logs = self.job.step(self.module, batch, self.plan.progress(self.global_step), None)
+            for name, term in logs.items():
+                if isinstance(term, Tensor) and term.requires_grad:
+                    grads = torch.autograd.grad(term, self.parameters, retain_graph=True, allow_unused=True)
+                    if not all(bool(grad.isfinite().all()) for grad in grads if grad is not None):
+                        culprits[name] = None
         terms = ", ".join(culprits) or "the total loss"
         raise NonFiniteError(
             f"step {self.global_step + 1}: the gradient of {terms} is not finite. The training stopped before the "

@@ -48,7 +48,9 @@ class Tracker:
         if config.log_dir is not None and runtime.is_main:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(log_dir=config.log_dir)
+            # What a run logged after the checkpoint that it is resumed from is logged again, in a file of its own.
+            again = {"purge_step": records, "filename_suffix": f".from-{records}"} if records else {}
+            self._writer = SummaryWriter(log_dir=config.log_dir, **again)
         self._trackers = bool(config.log_with)
         if self._trackers:
             runtime.accelerator.init_trackers("textbrewer", config=settings)
