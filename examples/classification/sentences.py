@@ -17,12 +17,12 @@ def read(dataset: str, folder: Path) -> tuple[list[Row], list[Row]]:
     """Return the training and the evaluation rows, ``(sentence, class)``.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file; the message says where to get it.
+        SystemExit: if the folder lacks a file; the message says where to get it.
     """
     paths = [folder / name for name in FILES[dataset]]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: --data must be a folder with {SOURCES[dataset]}")
+            raise SystemExit(f"no file {path}: --data must be a folder with {SOURCES[dataset]}")
     reader = read_sst2 if dataset == "sst2" else read_trec
     return reader(paths[0]), reader(paths[1])
 

@@ -13,10 +13,10 @@ def read(path: Path) -> list[Sentence]:
     """Return sentences, ``(words, tags)``, of lines ``en:word<TAB>tag`` with an empty line between sentences.
 
     Raises:
-        FileNotFoundError: if there is no such file; the message says where to get it.
+        SystemExit: if there is no such file; the message says where to get it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: --data must be a folder with {SOURCE}")
+        raise SystemExit(f"no file {path}: --data must be a folder with {SOURCE}")
     sentences = []
     for block in path.read_text(encoding="utf-8").strip("\n").split("\n\n"):
         pairs = [line.rsplit("\t", maxsplit=1) for line in block.split("\n")]

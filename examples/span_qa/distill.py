@@ -138,8 +138,8 @@ if __name__ == "__main__":
     parser.add_argument("--eval-rows", type=int, default=500, help="evaluation questions")
     parser.add_argument("--epochs", type=int, default=4, help="of both trainings")
     parser.add_argument("--output", type=Path, default=Path("runs/span_qa"))
-    parser.add_argument("--fast", action="store_true", help="a short run: 300 questions, 50 of evaluation, 2 epochs")
+    parser.add_argument("--fast", action="store_true", help="a short run: 150 questions, 20 of evaluation, 2 epochs")
     given = parser.parse_args()
     if given.fast:
-        given.rows, given.eval_rows, given.epochs = 300, 50, 2
+        given.rows, given.eval_rows, given.epochs = 150, 20, 2
     main(given)

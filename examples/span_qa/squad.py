@@ -26,10 +26,10 @@ def read(path: Path, dataset: str) -> list[Question]:
     """Return the questions of a file in SQuAD's format.
 
     Raises:
-        FileNotFoundError: if there is no such file; the message says where to get it.
+        SystemExit: if there is no such file; the message says where to get it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: --data must be the folder of {dataset}'s files ({SOURCES[dataset]})")
+        raise SystemExit(f"no file {path}: --data must be the folder of {dataset}'s files ({SOURCES[dataset]})")
     articles = json.loads(path.read_text(encoding="utf-8"))["data"]
     return [
         Question(part["context"], item["question"], [(one["text"], one["answer_start"]) for one in item["answers"]])

@@ -51,17 +51,15 @@ def test_the_students_differ(trained):
 
 def test_started_by_torchrun(trained, tmp_path):
     """As a script is started; the launcher's variables are all that tells the library."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "tests.distributed.worker", str(tmp_path), "general", "tasks"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    command += ["-m", "tests.distributed.worker", str(tmp_path), "general", "tasks"]
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            errors = launcher.communicate(timeout=120)[1]
+        finally:
+            launcher.terminate()  # Ends the processes too, if they still run.
+    assert launcher.returncode == 0, errors
     for name in ("general", "tasks"):
         for rank in range(2):
             assert torch.equal(load(tmp_path / f"{name}-{rank}.pt"), load(trained / f"{name}-{rank}.pt"))
@@ -89,6 +87,15 @@ def test_every_process_draws_rank_0s_tasks(trained, tmp_path):
     assert set(drawn) == {"a", "b"}
     assert torch.equal(first, second)
     assert torch.allclose(first, worker.tasks(tmp_path / "alone", 2, seed=100), rtol=0, atol=1e-5)
+
+
+def test_every_row_is_read_once_a_pass(tmp_path):
+    """Shuffled, though the processes were seeded differently."""
+    processes.run_ranks(2, tmp_path, worker.read_rows, tmp_path)
+    first, second = (load(tmp_path / f"rows-{rank}.pt") for rank in range(2))
+    passes = [[*first[start : start + 12], *second[start : start + 12]] for start in (0, 12, 24)]
+    assert [sorted(rows) for rows in passes] == [list(range(24))] * 3
+    assert passes[0] != passes[1] != passes[2] != list(range(24))
 
 
 def test_gradients_are_exchanged_once_a_window(tmp_path):

@@ -336,6 +336,16 @@ def draw_tasks(rank: int, folder: Path) -> None:
     torch.save((drawn, result), folder / f"drawn-{rank}.pt")
 
 
+def read_rows(rank: int, folder: Path) -> None:
+    """Note the rows that a process reads."""
+    loader = make_loader(24, shuffle=True)
+    model = Encoder()
+    seed_all(rank)
+    trainer = BasicTrainer(make_config(folder), model, adaptor)
+    trainer.train(torch.optim.SGD(model.parameters(), lr=0.1), loader, num_epochs=3)
+    torch.save(loader.dataset.reads, folder / f"rows-{rank}.pt")
+
+
 def different_starts(rank: int, folder: Path) -> None:
     """The processes make students and projections from other seeds; all train rank 0's."""
     seed_all(rank)

@@ -93,19 +93,18 @@ def mean_logits(results_T: Sequence[Views]) -> Views:
 
 
 def _mean(logits: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Return the mean of one head's logits over the teachers, and its mask."""
+    """Return the mean of one head's logits over the teachers, and its mask; a teacher without one shares the first."""
     mask = next((item for item in masks if item is not None), None)
     if logits[0].dim() == 3 and mask is not None:
+        own = [mask if item is None else item for item in masks]
         aligned = [
-            heads.align(logits[0], item, masks[0], own, None, ("adaptor_T[0]", f"adaptor_T[{number}]"))
-            for number, (item, own) in enumerate(zip(logits, masks, strict=True))
+            heads.align(logits[0], item, own[0], each, None, ("adaptor_T[0]", f"adaptor_T[{number}]"))
+            for number, (item, each) in enumerate(zip(logits, own, strict=True))
         ]
+        mask = own[0]
         if any(front is not logits[0] for front, *_ in aligned):
             # Some teacher picks other positions: bring the picked ones of each to the front before averaging.
-            fronts = [
-                heads.to_front(item, mask if own is None else own, None)
-                for item, own in zip(logits, masks, strict=True)
-            ]
+            fronts = [heads.to_front(item, each, None) for item, each in zip(logits, own, strict=True)]
             count = min(len(front) for front, *_ in fronts)
             logits = [front[:count].unsqueeze(0) for front, *_ in fronts]
             mask = fronts[0][1][:count].unsqueeze(0)

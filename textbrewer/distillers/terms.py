@@ -107,11 +107,11 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
     masks = list(zip(heads.masks_of(results_S, len(heads_S)), heads.masks_of(results_T, len(heads_S)), strict=True))
     labels = heads.labels_of(results_S, len(heads_S)) if kd.probability_shift else [None] * len(heads_S)
     values: list[Tensor] = []
-    kind = "rows" if heads_S[0].dim() == 2 else "cells"
+    kinds: set[str] = set()
     for head_S, head_T, (mask_S, mask_T), label in zip(heads_S, heads_T, masks, labels, strict=True):
         mask = None
+        kinds.add("rows" if head_S.dim() == 2 else "cells" if mask_S is None and mask_T is None else "logits")
         if head_S.dim() == 3 and (mask_S is not None or mask_T is not None):
-            kind = "logits"
             head_S, head_T, mask, label = heads.align(head_S, head_T, mask_S, mask_T, label)
             if not kd.takes_mask:
                 head_S, head_T, mask, label = head_S[mask], head_T[mask], None, None if label is None else label[mask]
@@ -123,7 +123,9 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
         if label is not None:
             head_T = heads.probability_shift(head_T, label)
         values.append(kd(head_S, head_T, mask))
-    return [Term("kd_loss", sum(values[1:], values[0]), now.kd_weight, kind)]
+    # Heads of rows beside heads of positions: the sum is no mean of one kind.
+    averaged_over = kinds.pop() if len(kinds) == 1 else None
+    return [Term("kd_loss", sum(values[1:], values[0]), now.kd_weight, averaged_over)]
 
 
 def match_terms(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch]) -> list[Term]:

@@ -1,0 +1,210 @@
+"""The parts of the loss: pure functions from views to terms."""
+
+import pytest
+import torch
+
+from textbrewer import KD_LOSS_MAP, MATCH_LOSS_MAP, CustomMatch, IntermediateMatch
+from textbrewer.adaptors import Views
+from textbrewer.distillers import terms
+from textbrewer.losses import averaged_over
+from textbrewer.matching import plan_matches
+
+ROWS, LENGTH, WIDTH, CLASSES = 3, 5, 6, 4
+MASK = (torch.arange(LENGTH) < torch.tensor([[5], [2], [3]])).long()
+NOW = terms.Now(1.0, 1.0)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layers(count, width=WIDTH, seed=0):
+    return [numbers(ROWS, LENGTH, width, seed=seed + number) for number in range(count)]
+
+
+def match(loss="hidden_mse", layer_T=0, layer_S=1, feature="hidden", weight=1.0, **more):
+    return IntermediateMatch(layer_T, layer_S, weight, loss, feature, **more)
+
+
+# ---- the KD term -------------------------------------------------------------------------------------------------
+
+
+def test_kd_term():
+    logits_S, logits_T = numbers(ROWS, CLASSES), numbers(ROWS, CLASSES, seed=1)
+    knowledge = terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 3.0)
+    (term,) = terms.kd_terms(Views({"logits": [logits_S]}), Views({"logits": [logits_T]}), knowledge, terms.Now(0.7, 0))
+    assert (term.name, term.weight, term.averaged_over) == ("kd_loss", 0.7, "rows")
+    expected = -((logits_T / 3).softmax(-1) * (logits_S / 3).log_softmax(-1)).sum(-1).mean()
+    assert term.value.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "masked", "kind"),
+    [
+        ([(ROWS, CLASSES)], False, "rows"),
+        ([(ROWS, CLASSES)], True, "rows"),
+        ([(ROWS, LENGTH, CLASSES)], False, "cells"),
+        ([(ROWS, LENGTH, CLASSES)], True, "logits"),
+        ([(ROWS, LENGTH, CLASSES)] * 2, True, "logits"),
+        ([(ROWS, LENGTH, CLASSES), (ROWS, CLASSES)], True, None),  # a sum of two kinds of mean
+        ([(ROWS, CLASSES), (ROWS, LENGTH, CLASSES)], False, None),
+    ],
+)
+def test_what_the_kd_term_averages_over(shapes, masked, kind):
+    views = {"logits": [numbers(*shape) for shape in shapes]}
+    if masked:
+        views["logits_mask"] = [MASK]
+    knowledge = terms.KnowledgeLoss(KD_LOSS_MAP["mse"], 1.0)
+    (term,) = terms.kd_terms(Views(views), Views(views), knowledge, NOW)
+    assert term.averaged_over == kind
+
+
+def test_temperature_schedule_of_the_logits():
+    calls = []
+
+    def schedule(logits_S, logits_T, base):
+        calls.append((logits_S, logits_T, base))
+        return 10.0
+
+    logits_S, logits_T = numbers(ROWS, CLASSES), numbers(ROWS, CLASSES, seed=1)
+    knowledge = terms.KnowledgeLoss(KD_LOSS_MAP["mse"], 4.0, schedule)
+    found = knowledge(logits_S, logits_T, None)
+    assert found.item() == pytest.approx(((logits_S - logits_T) / 10).square().mean().item())
+    assert calls == [(logits_S, logits_T, 4.0)]
+
+
+def test_accepts_mask():
+    assert all(terms.accepts_mask(KD_LOSS_MAP[name]) for name in ("ce", "mse", "kl", "sigmoid"))
+    assert not terms.accepts_mask(lambda logits_S, logits_T, temperature: 0)
+    assert not terms.accepts_mask(dict.fromkeys)  # written in C
+    assert terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0).takes_mask
+    assert not terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0, lambda logits_S, logits_T, base: base).takes_mask
+
+
+# ---- matches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", MATCH_LOSS_MAP)
+def test_match_terms(name, masked):
+    """Each match loss on the features that the match names, under the student's mask."""
+    pair = name in ("fsp", "gram", "nst", "mmd")
+    feature = "attention" if name.startswith("attention") else "hidden"
+    width = LENGTH if feature == "attention" else WIDTH
+    student, teacher = layers(3, width, seed=1), layers(3, width, seed=5)
+    if feature == "attention":
+        student, teacher = ([scores.unsqueeze(1) for scores in side] for side in (student, teacher))
+    layer_T, layer_S = ([2, 0], [1, 2]) if pair else (2, 1)
+    views_S = {feature: student, **({"inputs_mask": MASK} if masked else {})}
+    plan = plan_matches([match(name, layer_T, layer_S, feature, weight=3.0)])
+    (term,) = terms.match_terms(Views(views_S), [Views({feature: teacher, "inputs_mask": MASK * 0})], plan)
+    picked_S = [student[1], student[2]] if pair else student[1]
+    picked_T = [teacher[2], teacher[0]] if pair else teacher[2]
+    expected = MATCH_LOSS_MAP[name](picked_S, picked_T, mask=MASK if masked else None)
+    assert term.value.item() == pytest.approx(expected.item())
+    assert expected.item() != 0
+    assert term.weight == 3.0
+    assert term.name == f"{feature}_{name}_{'1-2_2-0' if pair else '1_2'}"
+
+
+def test_projected_features_count_before_the_adaptor_s():
+    plan = plan_matches([match(), match()])
+    student, teacher, projected = layers(2), layers(2, seed=7), numbers(ROWS, LENGTH, WIDTH, seed=9)
+    first, second = terms.match_terms(Views({"hidden": student}, {1: projected}), [Views({"hidden": teacher})], plan)
+    assert first.value.item() == pytest.approx((student[1] - teacher[0]).square().mean().item())
+    assert second.value.item() == pytest.approx((projected - teacher[0]).square().mean().item())
+
+
+def test_matches_name_their_teacher():
+    teachers = [Views({"hidden": layers(1, seed=seed)}) for seed in (3, 4, 5)]
+    student = layers(2)
+    plan = plan_matches([match(teacher=number) for number in (2, 0)])
+    found = terms.match_terms(Views({"hidden": student}), teachers, plan)
+    expected = [(student[1] - teachers[number]["hidden"][0]).square().mean().item() for number in (2, 0)]
+    assert [term.value.item() for term in found] == pytest.approx(expected)
+
+
+def test_what_match_terms_average_over():
+    student, scores = layers(2), [numbers(ROWS, 1, LENGTH, LENGTH)] * 2
+    plan = plan_matches([match(), match("attention_mse", feature="attention"), match("pkd")])
+    views = {"hidden": student, "attention": scores}
+    for mask, kinds in ((MASK, ["positions", "pairs", "rows"]), (None, ["cells", "cell_pairs", "rows"])):
+        given = views if mask is None else {**views, "inputs_mask": mask}
+        found = terms.match_terms(Views(given), [Views(views)], plan)
+        assert [term.averaged_over for term in found] == kinds
+
+
+def test_custom_terms():
+    outputs_S, outputs_T = layers(2), layers(2, seed=5)
+    calls = []
+
+    def loss(output_S, output_T, mask_S, mask_T):
+        calls.append((mask_S, mask_T))
+        return (output_S - output_T).abs().mean()
+
+    matches = [CustomMatch("a", "b", 2.0, loss), CustomMatch("a", "b", 3.0, "hidden_mse")]
+    views = [
+        Views({"inputs_mask": mask}, captured=dict(enumerate(outputs)))
+        for mask, outputs in ((MASK, outputs_S), (MASK.flip(0), outputs_T))
+    ]
+    found = terms.custom_terms(*views, matches)
+    assert [(term.name, term.weight) for term in found] == [("custom_match_0", 2.0), ("custom_match_1", 3.0)]
+    kept = MASK.bool()
+    expected = [
+        (outputs_S[0] - outputs_T[0]).abs().mean().item(),
+        (outputs_S[1] - outputs_T[1])[kept].square().mean().item(),
+    ]
+    assert [term.value.item() for term in found] == pytest.approx(expected)
+    assert torch.equal(calls[0][0], MASK)
+    assert torch.equal(calls[0][1], MASK.flip(0))
+
+
+# ---- losses, total -----------------------------------------------------------------------------------------------
+
+
+def test_hard_label_terms():
+    losses = [torch.tensor(2.0), torch.tensor([1.0, 5.0, 6.0]), torch.tensor([[4.0]])]
+    (term,) = terms.hard_label_terms(Views({"losses": losses}), terms.Now(0, 0.5))
+    assert (term.name, term.weight, term.averaged_over) == ("hard_label_loss", 0.5, "labels")
+    assert term.value.item() == 2 + 4 + 4  # a loss by row or by GPU counts with its mean
+    assert terms.hard_label_terms(Views({}), NOW) == []
+
+
+def term_of(name, value, weight, kind="rows"):
+    return terms.Term(name, torch.tensor(value), weight, kind)
+
+
+def test_total():
+    parts = [term_of("kd_loss", 2.0, 3.0), term_of("first", 5.0, 0.5), term_of("second", 7.0, 0)]
+    loss, logs = terms.total(parts, NOW)
+    assert loss.item() == 2 * 3 + 5 * 0.5
+    assert logs == {"unweighted_kd_loss": 2.0, "unweighted_first": 5.0, "unweighted_second": 7.0}
+    with pytest.raises(ValueError, match=r"nothing to optimise: .*'logits' nor 'losses', and there are no matches"):
+        terms.total([], NOW)
+
+
+def test_total_with_shares():
+    """With exact accumulation each term counts by what it averages over; the logs stay as they are."""
+    share = {"rows": torch.tensor(0.5), "positions": torch.tensor(2.0)}
+    parts = [term_of("a", 3.0, 1.0), term_of("b", 5.0, 2.0, "positions")]
+    loss, logs = terms.total(parts, terms.Now(1, 1, share))
+    assert loss.item() == 3 * 0.5 + 5 * 2 * 2
+    assert logs == {"unweighted_a": 3.0, "unweighted_b": 5.0}
+    for kind in (None, "pairs"):
+        with pytest.raises(ValueError, match=r"cannot weigh 'c': .*averaged_over, or use 'micro_batch'"):
+            terms.total([*parts, term_of("c", 1.0, 1.0, kind)], terms.Now(1, 1, share))
+
+
+def test_a_loss_of_the_user_s_tells_what_it_averages_over():
+    @averaged_over("positions")
+    def mine(state_S, state_T, mask=None):
+        return (state_S - state_T).abs().mean()
+
+    MATCH_LOSS_MAP["mine"] = mine
+    try:
+        plan = plan_matches([match("mine")])
+        views = Views({"hidden": layers(2), "inputs_mask": MASK})
+        (term,) = terms.match_terms(views, [views], plan)
+        assert term.averaged_over == "positions"
+    finally:
+        del MATCH_LOSS_MAP["mine"]
