@@ -111,7 +111,7 @@ def main(options):
     print(f"{len(train_set) - len(usable)} of {len(train_set)} questions dropped: no answer stands where it says")
     train_set, eval_set = usable[: options.rows], eval_set[: options.eval_rows]
     vocab = squad.vocabulary(train_set)
-    loader = DataLoader(training_rows(train_set, vocab), batch_size=16, shuffle=True, collate_fn=collate)
+    loader = DataLoader(training_rows(train_set, vocab), batch_size=8, shuffle=True, collate_fn=collate)
     common = {"vocab_size": len(vocab), "max_position_embeddings": LENGTH, "type_vocab_size": 3}
     size = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
     teacher = BertForQuestionAnswering(BertConfig(**common, **size))
@@ -138,8 +138,8 @@ if __name__ == "__main__":
     parser.add_argument("--eval-rows", type=int, default=500, help="evaluation questions")
     parser.add_argument("--epochs", type=int, default=4, help="of both trainings")
     parser.add_argument("--output", type=Path, default=Path("runs/span_qa"))
-    parser.add_argument("--fast", action="store_true", help="a short run: 150 questions, 20 of evaluation, 2 epochs")
+    parser.add_argument("--fast", action="store_true", help="a short run: 100 questions, 20 of evaluation, 2 epochs")
     given = parser.parse_args()
     if given.fast:
-        given.rows, given.eval_rows, given.epochs = 150, 20, 2
+        given.rows, given.eval_rows, given.epochs = 100, 20, 2
     main(given)

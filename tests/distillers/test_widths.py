@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import make_loader, seed_all
-from tests.distillers.setups import DISTILLERS, Setup, make_student, make_teacher, weights
+from tests.conftest import Encoder, make_loader, seed_all
+from tests.distillers.setups import DISTILLERS, Setup, weights
 
 MATCH = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
 PAIR = {**MATCH, "layer_T": [0, 2], "layer_S": [0, 1], "loss": "fsp"}
@@ -19,8 +19,17 @@ def with_config(model, width):
     return model
 
 
+class Noisy(Encoder):
+    """Draws random numbers even in eval mode."""
+
+    def forward(self, *inputs, **named):
+        torch.rand(3)
+        np.random.rand(3)
+        return super().forward(*inputs, **named)
+
+
 def make(folder, proj, kind="GeneralDistiller", known=False, matches=(MATCH,), **options):
-    teachers, student = [make_teacher(1), make_teacher(3)], make_student()
+    teachers, student = [Noisy(layers=2, width=48, seed=seed) for seed in (1, 3)], Noisy(layers=1, seed=2)
     if known:
         teachers, student = [with_config(teacher, 48) for teacher in teachers], with_config(student, 32)
     several = kind.startswith("Multi")

@@ -97,6 +97,20 @@ def test_a_callback_that_did_not_end_is_called_again(name, tmp_path):
     assert all(training for _, training in seen)
 
 
+def test_a_callback_that_ended_is_not_called_again(tmp_path):
+    name, calls = "random callback", []
+    whole = Run(name, tmp_path / "whole").train().state()
+
+    def callback(model, step):
+        calls.append(step)
+        SCENARIOS[name].train["callback"](model, step)
+
+    run = Run(name, tmp_path / "resumed", seed=7)
+    run.train(resume_from=tmp_path / "whole" / "checkpoint-9", callback=callback)
+    assert calls == [10, 11, 12]
+    assert equal(whole, run.state())
+
+
 def test_a_schedule_made_beforehand_is_resumed(tmp_path):
     name = "basic, epochs, shuffled"
 

@@ -319,7 +319,11 @@ def test_module_that_does_not_run(side, tmp_path):
 def test_fields():
     match = CustomMatch("a", "b", 2.0, squares)
     assert match.to_dict() == {
-        "module_T": "a", "module_S": "b", "weight": 2.0, "loss": squares, "proj_func": None,
+        "module_T": "a",
+        "module_S": "b",
+        "weight": 2.0,
+        "loss": squares,
+        "proj_func": None,
         "proj_group": {},
     }
     assert CustomMatch.from_dict(match.to_dict()) == match

@@ -77,8 +77,11 @@ def check_masks(results_S: Views, results_T: Views) -> None:
     if len(logits) != len(results_T.get("logits", [])):
         return
     masks = (heads.masks_of(results, len(logits)) for results in (results_S, results_T))
-    for head, mask_S, mask_T in zip(logits, *masks, strict=True):
-        if head.dim() == 3 and mask_S is not None and mask_T is not None and mask_S is not mask_T:
+    for head_S, head_T, mask_S, mask_T in zip(logits, results_T.get("logits", []), *masks, strict=True):
+        # Masks of another shape than their logits are refused when the loss is computed.
+        if mask_S is None or mask_T is None or mask_S is mask_T or head_S.dim() != 3 or head_T.dim() != 3:
+            continue
+        if mask_S.shape == head_S.shape[:2] and mask_T.shape == head_T.shape[:2]:
             heads.check_counts(mask_S, mask_T)
 
 
