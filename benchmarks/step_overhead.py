@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import platform
 import statistics
@@ -23,8 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (torch's own abbreviation)
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification
@@ -73,7 +74,7 @@ class Timed:
 
     def step_times(self) -> list[float]:
         """Seconds of each step after the warm-up."""
-        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)][WARM_UP:]
+        return [after - before for before, after in itertools.pairwise(self.times)][WARM_UP:]
 
 
 def model(size: Size, layers: int) -> nn.Module:
@@ -179,7 +180,7 @@ class CountReads(TorchDispatchMode):
 
 
 def waits_per_step(size: Size) -> list[int]:
-    """Operations outside the models that wait for the device in each step, as on a GPU, where logs alone read values."""
+    """Operations outside the models that wait for the device in each step, where, as on a GPU, only logs read."""
     teacher, student = model(size, size.teacher_layers).eval(), model(size, size.student_layers)
     counter, counts = CountReads(), []
     for each in (teacher, student):
@@ -212,7 +213,7 @@ def waits_per_step(size: Size) -> list[int]:
             by_library(size, student, teacher, Noting(batches(size)[:9]), folder)
     finally:
         Runtime.__init__, Runtime.step = original, step  # type: ignore[method-assign]
-    return [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(counts)]
 
 
 def compare(name: str, size: Size, chunks: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.conftest import Encoder, adaptor, make_config, make_loader
 from tests.engine.runs import Run, checkpoints, equal
 from textbrewer import BasicTrainer
 from textbrewer.engine import checkpoint
+from textbrewer.engine.saving import Saver
 
 NAME = "general, projections, accumulation"
 
@@ -325,3 +327,11 @@ def test_an_unwritable_folder_is_refused_before_anything_is_done(tmp_path):
     with pytest.raises(ValueError, match="output_dir must be a folder that can be written to"):
         trainer.train(torch.optim.SGD(student.parameters(), lr=0.1), make_loader(8), num_steps=2)
     assert equal(before, student.state_dict())
+
+
+def test_processes_must_agree_on_the_output_folder(tmp_path):
+    runtime = SimpleNamespace(share=lambda folder: str(tmp_path / "other"), rank=1)
+    with pytest.raises(
+        ValueError, match=r"output_dir must be the same on every process.* on rank 1 .*other' on rank 0"
+    ):
+        Saver(tmp_path / "own", None, runtime, "run").open(None, None)

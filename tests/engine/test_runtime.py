@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from tests.conftest import Encoder, adaptor, make_loader, seed_all
@@ -54,6 +56,19 @@ def test_different_precisions_follow_each_other(tmp_path):
     difference = (moved[0] - moved[1]).norm() / moved[0].norm()
     # bfloat16 has 8 bits: rounding errors of 0.4 % in every product, not all in one direction.
     assert 1e-5 < difference < 0.03
+
+
+def test_an_accelerator_of_the_users_own_is_left_alone(tmp_path):
+    """Accelerate has one precision a process; the run has its own, and gives back the user's."""
+    expected = movement(distil(tmp_path / "a", make_loader(8), {"num_steps": 2}, precision="bf16"))
+    own = Accelerator(cpu=True, mixed_precision="no")
+    try:
+        assert torch.equal(
+            movement(distil(tmp_path / "b", make_loader(8), {"num_steps": 2}, precision="bf16")), expected
+        )
+        assert own.mixed_precision == Accelerator(cpu=True).mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_bf16_is_at_work_on_both_sides_and_ends_with_the_run(tmp_path):

@@ -365,18 +365,6 @@ def test_the_scale_is_resumed(scaled, tmp_path):
     assert scale["scale"] != 2.0**126
 
 
-def test_a_loss_that_is_not_finite_stops_under_scaling_too(scaled, tmp_path):
-    """A smaller scale would not help: the forward pass itself overflowed."""
-    with pytest.raises(NonFiniteError, match=r"hard_label_loss is nan \(fp16 overflows beyond 65504: bf16 does not"):
-        distil(
-            tmp_path,
-            make_loader(8),
-            {"num_steps": 1},
-            adaptor_S=poison(1, POISONS["nan"]),
-            distill={"hard_label_weight": 1},
-        )
-
-
 def test_the_line_after_a_signal_is_seen_without_a_bar(caplog, tmp_path):
     config = make_config(tmp_path)
     tracker = Tracker(config, Runtime(config), 3, 0, 0, {})
@@ -387,3 +375,38 @@ def test_the_line_after_a_signal_is_seen_without_a_bar(caplog, tmp_path):
         ("INFO", "resumed"),
         ("WARNING", "interrupted"),
     ]
+
+
+def spoiling(steps, value):
+    """Return an adaptor whose loss is ``value`` in the first ``steps`` calls."""
+    calls = []
+
+    def spoilt(batch, outputs):
+        calls.append(0)
+        views = adaptor(batch, outputs)
+        return {**views, "losses": views["losses"] * (value if len(calls) <= steps else 1.0)}
+
+    return spoilt
+
+
+def test_an_infinite_loss_under_scaling_skips_the_step(scaled, tmp_path):
+    """Neither the loss nor the student's weights are spoilt for the steps after it."""
+    student = Encoder(dropout=0.0, seed=1)
+    trainer = BasicTrainer(make_config(tmp_path), student, spoiling(3, math.inf))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="step 3: gradients overflowed fp16"):
+        trainer.train(optimizer, make_loader(4), num_steps=6)
+    moved = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+    assert torch.isfinite(moved).all()
+    assert not torch.equal(moved, step_of_nothing())
+
+
+@pytest.mark.filterwarnings("ignore:step .* gradients overflowed")
+def test_an_infinite_loss_that_stays_ends_the_training(scaled, tmp_path):
+    student = Encoder(dropout=0.0, seed=1)
+    trainer = BasicTrainer(make_config(tmp_path), student, spoiling(1000, math.inf))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        trainer.train(torch.optim.SGD(student.parameters(), lr=0.1), make_loader(4), num_steps=100)
+    assert torch.equal(
+        torch.cat([parameter.detach().flatten() for parameter in student.parameters()]), step_of_nothing()
+    )

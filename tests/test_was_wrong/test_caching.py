@@ -64,6 +64,7 @@ def test_truthy_caching(tmp_path):
     refused(train, "is_caching_logits", "True or False", "1")
 
 
+@pytest.mark.filterwarnings("ignore:output_dir")  # the second training writes where the first did
 @pytest.mark.parametrize("kind", ["BasicDistiller", "MultiTeacherDistiller"])
 def test_second_train(kind, tmp_path):
     """The cache grows at a second train."""

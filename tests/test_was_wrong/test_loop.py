@@ -116,6 +116,7 @@ def test_loader_without_length(kind, tmp_path):
     assert saved(tmp_path)[-1] == len(steps)
 
 
+@pytest.mark.filterwarnings("ignore:output_dir")  # the second training writes where the first did
 def test_projections_twice(tmp_path):
     """Training twice registers projections twice."""
     teacher, student = pair()

@@ -65,6 +65,7 @@ def test_half_precision(tmp_path):
         refused(train, "GPU", "bf16")
 
 
+@pytest.mark.filterwarnings("ignore:output_dir")  # the second training writes where the first did
 def test_data_parallel_twice(tmp_path):
     """DataParallel twice gives unloadable keys."""
     teacher, student = pair()

@@ -22,6 +22,9 @@ from textbrewer.engine.saving import Saver
 from textbrewer.engine.step_plan import StepPlan
 from textbrewer.engine.tracking import NonFiniteError, Tracker
 
+# So many steps skipped in a row are no matter of the scale of fp16: it was halved each time.
+MOST_SKIPPED = 50
+
 Logs = dict[str, Tensor]
 Step = Callable[[nn.Module, Any, float, Any], tuple[Tensor, Logs]]
 
@@ -87,6 +90,7 @@ class _Loop:
         self.job, self.config, self.runtime, self.plan = job, config, runtime, plan
         self.global_step = 0
         self.saved_step: int | None = None
+        self.skipped = 0
         self.saver = Saver(Path(config.output_dir), config.save_total_limit, runtime, uuid.uuid4().hex)
         self.wants_norm = job.max_grad_norm > 0 or runtime.reads_are_free
         self.module: nn.Module = job.module
@@ -196,7 +200,7 @@ class _Loop:
         with runtime.micro_batch(self.module, last):
             loss, logs = self.job.step(self.module, batch, self.plan.progress(self.global_step), share)
             self.tracker.record(self.global_step + 1, {"total_loss": loss, **logs})
-            if runtime.reads_are_free and not math.isfinite(loss.item()):
+            if runtime.reads_are_free and runtime.scaler is None and not math.isfinite(loss.item()):
                 self.tracker.flush()
             runtime.backward(loss if self.plan.accumulation == 1 else loss / self.plan.accumulation, self.optimizer)
 
@@ -213,6 +217,9 @@ class _Loop:
                 self._blame(batches)
         updated = self.runtime.step(self.optimizer)
         self.global_step += 1
+        self.skipped = 0 if updated else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            self._blame(batches)
         if not updated:
             warnings.warn(
                 f"step {self.global_step}: gradients overflowed fp16; step skipped, scale lowered", stacklevel=2

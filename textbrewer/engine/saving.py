@@ -61,6 +61,12 @@ class Saver:
         Raises:
             ValueError: if it is missing, damaged, or of another run's shape.
         """
+        main_folder = self.runtime.share(str(self.folder.resolve()))
+        if str(self.folder.resolve()) != main_folder:
+            raise ValueError(
+                f"output_dir must be the same on every process, got {str(self.folder)!r} on rank "
+                f"{self.runtime.rank} and {main_folder!r} on rank 0"
+            )
         if self.runtime.is_main:
             checkpoint.tidy(self.folder)
         self.runtime.wait()

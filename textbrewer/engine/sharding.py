@@ -21,9 +21,10 @@ Agree = Callable[[int], int]
 class SharedOrder:
     """A batch sampler of which each process takes every ``world``-th batch.
 
-    The order of a pass is drawn from one seed on all processes, so the batches of one round are the rows that one
-    process would have taken with a batch ``world`` times as large. A last, incomplete round is filled up from the
-    first batches (dropped, if the sampler has ``drop_last``), so that all processes take as many steps.
+    The order of a pass is drawn from one seed on all processes, so the batches of one round are rows that one process
+    could have taken with a batch ``world`` times as large (without shuffling: those that it would have). A last,
+    incomplete round is filled up from the first batches (dropped, if the sampler has ``drop_last``), so that all
+    processes take as many steps.
 
     Args:
         batch_sampler: the user's batch sampler, with a length.
