@@ -434,9 +434,26 @@ def test_checkpoint_of_another_student(setting, checkpoint, tmp_path):
     refuses(other, ValueError, str(checkpoint), "belongs to another student")
 
 
-def test_checkpoint_of_another_optimizer(setting, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "groups", "words"),
+    [
+        (torch.optim.SGD, 1, ["AdamW, not SGD"]),
+        (torch.optim.AdamW, 2, ["other parameter groups", "groups of [13] parameters, this one of [2, 11]"]),
+    ],
+    ids=["class", "groups"],
+)
+def test_checkpoint_of_another_optimizer(setting, checkpoint, kind, groups, words, tmp_path):
     other = setting(arguments={"num_steps": 4, "resume_from": checkpoint})
     other.folder = tmp_path / "other"
-    halves = list(other.student.parameters())
-    other.optimizer = torch.optim.SGD([{"params": halves[:2]}, {"params": halves[2:]}], lr=0.1)
-    refuses(other, ValueError, str(checkpoint), "another optimizer")
+    values = list(other.student.parameters())
+    parts = [values] if groups == 1 else [values[:2], values[2:]]
+    other.optimizer = kind([{"params": part} for part in parts], lr=0.1)
+    refuses(other, ValueError, str(checkpoint), "another optimizer", *words)
+
+
+def test_checkpoint_of_a_run_without_schedule(setting, checkpoint, tmp_path):
+    arguments = {"num_steps": 4, "resume_from": checkpoint}
+    schedule = {"scheduler_class": torch.optim.lr_scheduler.ConstantLR}
+    other = setting(arguments={**arguments, **schedule})
+    other.folder = tmp_path / "other"
+    refuses(other, ValueError, str(checkpoint), "has no learning-rate schedule", "resume with the same")

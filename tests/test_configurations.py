@@ -128,6 +128,7 @@ def test_repr_has_a_line_a_field(kind):
         (TrainingConfig.from_dict, "outputdir", "output_dir"),
         (DistillationConfig.from_dict, "temprature", "temperature"),
         (DistillationConfig.from_dict, "kd_weight", "kd_loss_weight"),
+        (DistillationConfig.from_dict, "KD_LOSS_WEIGHT", "kd_loss_weight"),
         (lambda settings: IntermediateMatch.from_dict({**MATCH, **settings}), "project", "proj"),
         (lambda settings: DistillationConfig(intermediate_matches=[{**MATCH, **settings}]), "layer_s", "layer_S"),
     ],

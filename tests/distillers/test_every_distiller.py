@@ -200,6 +200,20 @@ def test_with_puts_modes_back(kind, tmp_path):
         assert all(teacher.training for teacher in setup.teachers)
 
 
+@pytest.mark.parametrize("kind", EVERY)
+def test_modes_of_every_training(kind, tmp_path):
+    """Each training sets the modes anew, whatever was done to them between, and puts back what it found."""
+    setup = Setup(tmp_path, kind)
+    seen = []
+    setup.student.register_forward_pre_hook(lambda model, inputs: seen.append(model.training))
+    for mode in (False, True, False):
+        setup.student.train(mode)
+        setup.distiller.t_config.output_dir = str(tmp_path / str(len(seen)))
+        setup.train(num_steps=2)
+        assert setup.student.training is mode
+    assert seen == [True] * 6
+
+
 # ---- remembered teachers -----------------------------------------------------------------------------------------
 
 

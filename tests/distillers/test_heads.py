@@ -223,11 +223,14 @@ def test_the_shifted_teacher_is_never_wrong():
 @pytest.mark.parametrize("loss", [None, without_mask], ids=["ce", "without mask"])
 def test_probability_shift_under_masks(mask_T, loss):
     """The labels are the student's, and go with its positions."""
-    labels = torch.tensor([[0, 1, 2, 3, -100], [-100, 3, 3, 0, 1], [2, 2, 2, 2, 1]])
+    # Each label is another class than the largest logit of the teacher's row that it meets.
+    labels = torch.full((ROWS, LENGTH), -100)
+    labels[MASK.bool()] = (picked(LOGITS_T, mask_T).argmax(dim=-1) + 1) % CLASSES
     views_S = {"logits": [LOGITS_S], "logits_mask": [MASK], "labels": [labels]}
     views_T = {"logits": [LOGITS_T], "logits_mask": [mask_T]}
     rows = zip(picked(LOGITS_T, mask_T).tolist(), picked(labels.unsqueeze(-1), MASK).flatten().tolist(), strict=True)
     target = torch.tensor([shifted(row, label) for row, label in rows])
+    assert (target != picked(LOGITS_T, mask_T)).any(dim=-1).all()
     function = loss or KD_LOSS_MAP["ce"]
     expected = function(picked(LOGITS_S, MASK), target, 2.0)
     assert value(views_S, views_T, kd(loss=function, shift=True)).value.item() == pytest.approx(

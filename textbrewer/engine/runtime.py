@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from textbrewer import checks
 from textbrewer.configurations import TrainingConfig
 
 Optimizer = torch.optim.Optimizer
@@ -78,7 +79,10 @@ class Runtime:
                 [module, *teachers], optimizer, opt_level=self.config.fp16_opt_level
             )
             module = models[0]
-        if self.config.data_parallel and torch.cuda.device_count() > 1:
+        if self.config.data_parallel:
+            gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+            if gpus < 2:
+                checks.warn(f"data_parallel=True splits batches over several GPUs, but this run has {gpus}")
             module = nn.DataParallel(module)
         module = self.accelerator.prepare_model(module)
         if self.scaler is None:
