@@ -389,6 +389,7 @@ def spoiling(steps, value):
     return spoilt
 
 
+@pytest.mark.filterwarnings("ignore:step [12]. gradients overflowed")
 def test_an_infinite_loss_under_scaling_skips_the_step(scaled, tmp_path):
     """Neither the loss nor the student's weights are spoilt for the steps after it."""
     student = Encoder(dropout=0.0, seed=1)
