@@ -83,8 +83,10 @@ class Tracker:
             return
         pending, self._pending = self._pending, []
         device = self.runtime.device
-        values = torch.stack([value.float().reshape(()).to(device) for _, logs in pending for value in logs.values()])
-        numbers = iter(values.tolist())
+        values = [value for _, logs in pending for value in logs.values()]
+        if any(value.dim() or value.dtype != torch.float32 or value.device != device for value in values):
+            values = [value.float().reshape(()).to(device) for value in values]
+        numbers = iter(torch.stack(values).tolist())
         rows = [(step, {name: next(numbers) for name in logs}) for step, logs in pending]
         for _, row in rows:
             self._write(row)
