@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from textbrewer import TrainingConfig
+
+# A job in the background is started without SIGINT, and so would be every process that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread: the same sums in the same order in every process, and no fight over the cores.
 torch.set_num_threads(1)
