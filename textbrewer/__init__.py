@@ -19,6 +19,7 @@ from textbrewer.distillers import (
     GeneralDistiller,
     MultiTaskDistiller,
     MultiTeacherDistiller,
+    precompute,
 )
 from textbrewer.presets import register_new
 from textbrewer.registry import (
@@ -28,6 +29,7 @@ from textbrewer.registry import (
     TEMPERATURE_SCHEDULER,
     WEIGHT_SCHEDULER,
 )
+from textbrewer.teacher_cache import CacheError, CacheInfo, TeacherCache
 
 __version__ = "0.3.0.dev0"
 
@@ -50,6 +52,8 @@ __all__ = [
     "WEIGHT_SCHEDULER",
     "BasicDistiller",
     "BasicTrainer",
+    "CacheError",
+    "CacheInfo",
     "CustomMatch",
     "DistillationConfig",
     "Distillers",
@@ -57,11 +61,13 @@ __all__ = [
     "IntermediateMatch",
     "MultiTaskDistiller",
     "MultiTeacherDistiller",
+    "TeacherCache",
     "TrainingConfig",
     "configurations",
     "data_utils",
     "distillers",
     "losses",
+    "precompute",
     "presets",
     "projections",
     "register_new",

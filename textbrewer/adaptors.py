@@ -34,6 +34,8 @@ class Views(dict[str, Any]):
             ``inputs_mask`` a tensor ``(batch, length)``.
         projected: the student's features after their projection, by the number of the match.
         captured: outputs of modules named by custom matches, by the number of the custom match.
+
+    ``reduced`` holds teacher features in the smaller form that a loss also takes, by the number of the match.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Views(dict[str, Any]):
         super().__init__(entries)
         self.projected = dict(projected or {})
         self.captured = dict(captured or {})
+        self.reduced: dict[int, Any] = {}
 
 
 def normalise(results: Any, who: str = "adaptor") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,8 @@ class DistillationConfig(Config):
         intermediate_matches: features to match, a list of :class:`IntermediateMatch` or of dicts with its fields.
         is_caching_logits: run the teacher once over the data before the training and keep what the losses need of
             its outputs, with the batches, in main memory; batches keep their rows, only their order is shuffled.
+        teacher_cache: folder of a :class:`~textbrewer.TeacherCache` with its default settings: the teacher's outputs
+            are stored there and found again. ``None``: the teacher is run in every step.
 
     Raises:
         TypeError, ValueError, KeyError: if a value is of another type, unknown or out of range; the message names it.
@@ -49,6 +52,7 @@ class DistillationConfig(Config):
     probability_shift: bool = False
     intermediate_matches: list[Any] = field(default_factory=list)
     is_caching_logits: bool = False
+    teacher_cache: str | None = None
 
     def __post_init__(self) -> None:
         checks.number(self.temperature, "temperature", above=0)
@@ -66,6 +70,9 @@ class DistillationConfig(Config):
         self.make_temperature_scheduler()
         for name in ("probability_shift", "is_caching_logits"):
             checks.is_a(getattr(self, name), bool, name, "True or False")
+        if self.teacher_cache is not None:
+            checks.is_a(self.teacher_cache, (str, os.PathLike), "teacher_cache", "a folder")
+            self.teacher_cache = os.fspath(self.teacher_cache)
         matches = self.intermediate_matches or []
         checks.is_a(matches, (list, tuple), "intermediate_matches", "a list of matches")
         self.intermediate_matches = [

@@ -13,6 +13,7 @@ from textbrewer.configurations.config import Config
 PRECISIONS = ("no", "bf16", "fp16", "apex")
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 WEIGHTINGS = ("micro_batch", "positions")
+TEACHER_PRECISIONS = ("no", "bf16", "fp16", "int8")
 
 
 @dataclass(repr=False)
@@ -46,6 +47,13 @@ class TrainingConfig(Config):
         find_unused_parameters: for distributed training: allow student parameters that get no gradient in a step.
             ``False`` saves a walk over the graph in each step where every parameter is used.
         progress_bar: show a progress bar with the losses, the rate and the time left.
+        teacher_precision: the precision of the teacher's forward pass alone: ``"no"`` (float32), ``"bf16"`` or
+            ``"fp16"`` autocast, ``"int8"`` (weights and products of its Linear layers, on a CPU); ``None``: that of
+            the run. Its outputs come back as float32.
+        compile: ``True``: compile teacher and student with ``torch.compile`` for the run; ``"teacher"`` or
+            ``"student"``: that one. The first batches take minutes longer.
+        stack_matches: compute the losses of one kind between features of one shape in a single call; ``None``: on
+            GPUs only. On a CPU, copying the features together costs more than it saves.
 
     Raises:
         TypeError, ValueError: if a value is of another type or out of range; the message names it.
@@ -69,6 +77,9 @@ class TrainingConfig(Config):
     accumulation_weighting: str = "micro_batch"
     find_unused_parameters: bool = True
     progress_bar: bool = True
+    teacher_precision: str | None = None
+    compile: bool | str = False
+    stack_matches: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("gradient_accumulation_steps", "ckpt_frequency", "ckpt_epoch_frequency", "logging_steps"):
@@ -88,6 +99,7 @@ class TrainingConfig(Config):
                 setattr(self, name, os.fspath(path))
         checks.one_of(self.accumulation_weighting, WEIGHTINGS, "accumulation_weighting")
         self._check_precision()
+        self._check_faster_steps()
         self.device = _device(self.device)
         if self.data_parallel and self.local_rank != -1:
             raise ValueError("data_parallel and local_rank exclude each other: leave data_parallel=False with torchrun")
@@ -104,6 +116,30 @@ class TrainingConfig(Config):
                 f"fp16_opt_level={self.fp16_opt_level!r} is a setting of NVIDIA Apex; ask for it with "
                 f"precision='apex' (Apex must be installed), or leave it out: fp16=True is torch's own mixed precision"
             )
+
+    def _check_faster_steps(self) -> None:
+        if self.teacher_precision is not None:
+            checks.one_of(self.teacher_precision, TEACHER_PRECISIONS, "teacher_precision")
+            if self.precision == "apex":
+                raise ValueError("teacher_precision is not for precision='apex', whose opt_level rules the teacher too")
+        if self.stack_matches is not None:
+            checks.is_a(self.stack_matches, bool, "stack_matches", "True, False or None")
+        if not isinstance(self.compile, bool) and self.compile not in ("teacher", "student"):
+            raise ValueError(f"compile must be True, False, 'teacher' or 'student', got {self.compile!r}")
+        if self.compile and self.data_parallel:
+            raise ValueError(
+                "compile and data_parallel exclude each other: DataParallel copies the models at every step; "
+                "use torchrun for several GPUs, or compile=False"
+            )
+        if self.compiles("teacher") and self.teacher_precision == "int8":
+            raise ValueError(
+                f"compile={self.compile!r} cannot compile a teacher with teacher_precision='int8'; "
+                "use compile='student', or teacher_precision='bf16'"
+            )
+
+    def compiles(self, side: str) -> bool:
+        """Return whether ``compile`` asks for a side, ``"teacher"`` or ``"student"``."""
+        return self.compile is True or self.compile == side
 
 
 def _device(device: str | torch.device | None) -> str:

@@ -4,6 +4,7 @@ from textbrewer.distillers.basic import BasicDistiller
 from textbrewer.distillers.general import GeneralDistiller
 from textbrewer.distillers.multi_task import MultiTaskDistiller
 from textbrewer.distillers.multi_teacher import MultiTeacherDistiller
+from textbrewer.distillers.precomputing import precompute
 from textbrewer.distillers.trainer import BasicTrainer
 from textbrewer.matching import CustomMatch
 
@@ -14,4 +15,5 @@ __all__ = [
     "GeneralDistiller",
     "MultiTaskDistiller",
     "MultiTeacherDistiller",
+    "precompute",
 ]

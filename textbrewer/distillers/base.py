@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,15 +13,21 @@ from torch import Tensor, nn
 from textbrewer import adaptors, checks, engine
 from textbrewer.adaptors import Adaptor, Views
 from textbrewer.configurations import DistillationConfig, TrainingConfig
-from textbrewer.distillers import first_step, terms, weighting
+from textbrewer.distillers import cached_run, first_step, terms, weighting
 from textbrewer.distillers.batch_parts import TaskBatch, split
+from textbrewer.distillers.cached_run import CachedRun
+from textbrewer.distillers.cached_teacher import Prepared
 from textbrewer.distillers.caching import Remembered
+from textbrewer.distillers.compiling import compiled, refuse
 from textbrewer.distillers.frozen import Modes, modes_of, set_modes
+from textbrewer.distillers.needs import Needs, needs_of
+from textbrewer.distillers.stacking import Stacking, make_stacking
 from textbrewer.distillers.student import StudentModule
-from textbrewer.distillers.teachers import Teachers
+from textbrewer.distillers.teachers import NO_TEACHER, Teachers
 from textbrewer.hooks import resolve
 from textbrewer.matching import CustomMatch, build_projection, plan_matches, width_of_model
 from textbrewer.presets import KD_LOSS_MAP, WEIGHT_SCHEDULER
+from textbrewer.teacher_cache import TeacherCache
 
 Self = TypeVar("Self", bound="BaseDistiller")
 Results = Any
@@ -38,6 +45,7 @@ class BaseDistiller:
         adaptors_T: an adaptor a teacher, by task.
         adaptors_S: the student's adaptor by task.
         custom_matches: matches between modules.
+        teacher_cache: where the teachers' outputs are stored: a ``TeacherCache`` or a folder; ``None``: nowhere.
 
     Raises:
         TypeError, ValueError, KeyError: if an argument cannot work; the message names it.
@@ -47,17 +55,22 @@ class BaseDistiller:
         self,
         train_config: TrainingConfig,
         distill_config: DistillationConfig,
-        models_T: Mapping[str, Sequence[nn.Module]],
+        models_T: Mapping[str, Sequence[nn.Module | None]],
         model_S: nn.Module,
         adaptors_T: Mapping[str, Sequence[Adaptor | str]],
         adaptors_S: Mapping[str, Adaptor | str],
         custom_matches: Sequence[CustomMatch | Mapping[str, Any]] | None = None,
+        teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
     ) -> None:
         checks.is_a(train_config, TrainingConfig, "train_config", "a TrainingConfig")
         checks.is_a(distill_config, DistillationConfig, "distill_config", "a DistillationConfig")
         checks.is_a(model_S, nn.Module, "model_S", "a torch module")
+        self.teacher_cache = cached_run.resolve(teacher_cache, distill_config)
         for teacher in (model for models in models_T.values() for model in models):
-            checks.is_a(teacher, nn.Module, "model_T", "a torch module")
+            if teacher is None and self.teacher_cache is None:
+                raise TypeError(NO_TEACHER)
+            if teacher is not None:
+                checks.is_a(teacher, nn.Module, "model_T", "a torch module")
             if teacher is model_S:
                 raise ValueError(
                     "model_T and model_S must be two objects; deep-copy the model to distil it into itself"
@@ -77,20 +90,22 @@ class BaseDistiller:
             models_T,
             {task: [adaptors.resolve(item, "adaptor_T") for item in items] for task, items in adaptors_T.items()},
             self.plan,
-            [resolve(first[0], match.module_T) for match in self.custom_matches],
+            [resolve(first[0], match.module_T) for match in self.custom_matches if first[0] is not None],
         )
         self.adaptors_S = {task: adaptors.resolve(adaptor, "adaptor_S") for task, adaptor in adaptors_S.items()}
         self.projections: dict[int, nn.Module] = {}
         self.build_projections(self._configured_widths(first))
         self.now = terms.Now(self.d_config.kd_loss_weight, self.d_config.hard_label_weight)
         self._knowledge = self._make_knowledge()
+        self._stacking: Stacking | None = None
         self._modes_before: Modes | None = None
+        self.cached_run: CachedRun | None = None
         self._checked: set[str] = set()
         self._runtime: engine.Runtime | None = None
         self.model_args: dict[str, Any] = {}
         self.student_args: dict[str, dict[str, Any]] = {}
 
-    def _configured_widths(self, teachers: Sequence[nn.Module]) -> dict[int, tuple[int | None, int | None]]:
+    def _configured_widths(self, teachers: Sequence[nn.Module | None]) -> dict[int, tuple[int | None, int | None]]:
         """Return the widths that the models' configurations tell for each match, student's and teacher's."""
         widths = {}
         for planned in self.plan:
@@ -101,7 +116,8 @@ class BaseDistiller:
                 )
             feature = planned.match.feature
             teacher = teachers[planned.match.teacher]
-            widths[planned.number] = (width_of_model(self.model_S, feature), width_of_model(teacher, feature))
+            width_T = None if teacher is None else width_of_model(teacher, feature)
+            widths[planned.number] = (width_of_model(self.model_S, feature), width_T)
         return widths
 
     def build_projections(self, widths: Mapping[int, tuple[int | None, int | None]]) -> None:
@@ -155,9 +171,14 @@ class BaseDistiller:
             The total, and ``{"unweighted_<name>": scalar}``.
         """
         every_T = results_T if isinstance(results_T, list) else [results_T]
-        parts = terms.kd_terms(results_S, self.kd_target(results_T), self._knowledge, self.now)
-        parts += terms.match_terms(results_S, every_T, self.plan)
-        parts += terms.custom_terms(results_S, every_T[0], self.custom_matches)
+        # Terms of weight 0 are left out; but a step in which none has a weight still needs a loss with a graph.
+        skips = self._may_skip() and terms.some_weight(results_S, self.plan, self.custom_matches, self.now)
+        parts: list[terms.Term] = []
+        if self.now.kd_weight or not skips:
+            parts += terms.kd_terms(results_S, self.kd_target(results_T), self._knowledge, self.now)
+        plan = [planned for planned in self.plan if planned.match.weight or not skips]
+        parts += terms.match_terms(results_S, every_T, plan, self._stacking)
+        parts += terms.custom_terms(results_S, every_T[0], self.custom_matches, weighted_only=skips)
         parts += terms.hard_label_terms(results_S, self.now)
         return terms.total(parts, self.now)
 
@@ -165,6 +186,27 @@ class BaseDistiller:
         """Return the views whose logits the student learns from."""
         views: Views = results_T
         return views
+
+    def _may_skip(self) -> bool:
+        """Return whether terms may be left out: processes that gave every parameter a gradient must go on doing so."""
+        return self._runtime is None or self._runtime.world == 1 or self.t_config.find_unused_parameters
+
+    def teacher_needs(self, number: int, student_has_losses: bool = False) -> Needs | None:
+        """Return what the loss reads of a teacher in every step; ``None``: it may read everything.
+
+        Args:
+            number: the teacher's number.
+            student_has_losses: whether the student's adaptor is known to return ``losses``.
+        """
+        own_target = type(self).kd_target.__module__.startswith("textbrewer.") and "kd_target" not in vars(self)
+        own = own_target and getattr(self.compute_loss, "__func__", None) is BaseDistiller.compute_loss
+        if not (own and self._may_skip()):
+            return None
+        return needs_of(number, self.d_config, self.plan, self.custom_matches, student_has_losses)
+
+    def reads_everything(self) -> bool:
+        """Return whether ``compute_loss`` is the user's own, which may read all that the adaptors return."""
+        return getattr(self.compute_loss, "__func__", None) is not BaseDistiller.compute_loss
 
     def count_positions(self, batch: Any) -> weighting.Counts:
         """Count what the losses average over in a student's batch; override for batches of your own.
@@ -186,6 +228,11 @@ class BaseDistiller:
         self.now = self._scheduled(progress, share)
         if isinstance(batch, Remembered):
             student_batch, results_T = split(batch.batch)[1], self._recall(batch)
+        elif isinstance(batch, Prepared):
+            teacher_batch, student_batch, stored = split(batch.batch)
+            results_T = self.teachers.views(
+                self.runtime, task, teacher_batch, self.model_args, stored, batch.found
+            )
         else:
             teacher_batch, student_batch, stored = split(batch)
             results_T = self.teachers.views(self.runtime, task, teacher_batch, self.model_args, stored)
@@ -193,12 +240,18 @@ class BaseDistiller:
         with first_step.explained(student_batch):
             output = module(student_batch, self.student_args[task], task)
         results_S = Views(output["views"], output["projected"], output["captured"])
-        if task not in self._checked:
+        first = task not in self._checked
+        if first:
             first_step.check(results_S, results_T, self.plan)
+            if isinstance(batch, Prepared) and self.cached_run is not None:
+                self.cached_run.check(task, batch, results_S, results_T)
             if share is not None:
                 weighting.check_counts(self.count_positions(student_batch), results_S)
-            self._checked.add(task)
         loss, logs = self.compute_loss(results_S, self._as_results(results_T))
+        if first:
+            self._checked.add(task)
+            for number in range(len(results_T)):
+                self.teachers.narrow(task, number, self.teacher_needs(number, "losses" in results_S))
         return loss, self._log_names(logs, task)
 
     def _recall(self, batch: Remembered) -> list[Views]:
@@ -224,6 +277,7 @@ class BaseDistiller:
     @contextmanager
     def working(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> Iterator[None]:
         """Make ready for a run, and tidy up after it: modes, arguments of the models, teachers on the device."""
+        refuse(self.t_config, self.custom_matches)
         self._runtime, self._checked, self._knowledge = runtime, set(), self._make_knowledge()
         self.model_args = model_args
         features = self.teachers.features
@@ -233,8 +287,14 @@ class BaseDistiller:
         }
         for teacher in self.teachers.all():
             teacher.to(runtime.device)
+        self._stacking = make_stacking(self.t_config.stack_matches, runtime.device)
         try:
-            with nullcontext() if self._modes_before is not None else self:
+            with ExitStack() as stack:
+                if self._modes_before is None:
+                    stack.enter_context(self)
+                stack.enter_context(self.teachers.prepared(runtime, self.model_S))
+                if self.t_config.compiles("student"):
+                    stack.enter_context(compiled([self.model_S], "student"))
                 yield
         finally:
             self._runtime = None

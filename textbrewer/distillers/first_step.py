@@ -13,7 +13,8 @@ from torch import Tensor
 from textbrewer.adaptors import Views
 from textbrewer.distillers import heads
 from textbrewer.losses import mmd_loss
-from textbrewer.matching import PlannedMatch, select
+from textbrewer.losses.forms import form_of
+from textbrewer.matching import PlannedMatch, select, teacher_feature
 
 # What torch says on a CPU of a class without a logit, and of a number without a row in an embedding.
 _NO_CLASS = re.compile(r"[Tt]arget -?\d+ is out of bounds")
@@ -33,12 +34,31 @@ def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMa
         check_masks(results_S, results)
     for planned in plan:
         match = planned.match
-        feature_T = select(results_T[match.teacher], match.feature, match.layer_T, "teacher")
+        feature_T = teacher_feature(results_T, planned)
         feature_S = results_S.projected.get(planned.number)
         if feature_S is None:
             feature_S = select(results_S, match.feature, match.layer_S, "student")
+        form = form_of(planned.loss)
+        if planned.number in results_T[match.teacher].reduced and form is not None and form.uses_mask:
+            check_same_mask(planned, results_S, results_T[match.teacher])
         if match.feature == "hidden" and planned.loss is not mmd_loss:
             check_widths(planned, _first(feature_S), _first(feature_T))
+
+
+def check_same_mask(planned: PlannedMatch, results_S: Views, results_T: Views) -> None:
+    """Raise ValueError unless both sides have the same inputs_mask, for a teacher's form that was made with it."""
+    masks = results_S.get("inputs_mask"), results_T.get("inputs_mask")
+    same = masks[0] is masks[1] or (
+        masks[0] is not None
+        and masks[1] is not None
+        and masks[0].shape == masks[1].shape
+        and bool((masks[0].to(masks[1].device) == masks[1]).all())
+    )
+    if not same:
+        raise ValueError(
+            f"match {planned.name!r}: its teacher feature is stored as computed with the teacher's inputs_mask, which "
+            "must be the student's; return the same 'inputs_mask' from both adaptors, or train without teacher_cache"
+        )
 
 
 def check_widths(planned: PlannedMatch, feature_S: Tensor, feature_T: Tensor) -> None:
@@ -93,7 +113,7 @@ def widths(
     for planned in matches:
         match = planned.match
         feature_S = _first(select(results_S, match.feature, match.layer_S, "student"))
-        feature_T = _first(select(results_T[match.teacher], match.feature, match.layer_T, "teacher"))
+        feature_T = _first(teacher_feature(results_T, planned))
         found[planned.number] = (feature_S.shape[-1], feature_T.shape[-1])
     return found
 

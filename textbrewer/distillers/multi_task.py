@@ -17,6 +17,7 @@ from textbrewer.distillers import running
 from textbrewer.distillers.base import BaseDistiller
 from textbrewer.distillers.batch_parts import TaskBatch
 from textbrewer.engine import LoaderBatches, Source, TaskBatches
+from textbrewer.teacher_cache import TeacherCache
 
 
 class MultiTaskDistiller(BaseDistiller):
@@ -29,6 +30,8 @@ class MultiTaskDistiller(BaseDistiller):
         model_S: the student.
         adaptor_T: ``{task: adaptor}``; ``"auto"`` for transformers models.
         adaptor_S: ``{task: adaptor}``, likewise.
+        teacher_cache: where the teachers' outputs are stored and found again: a ``TeacherCache`` or a folder. With
+            every row in it, teachers may be ``None``.
 
     Raises:
         TypeError: if one of them is not a dict.
@@ -39,10 +42,11 @@ class MultiTaskDistiller(BaseDistiller):
         self,
         train_config: TrainingConfig,
         distill_config: DistillationConfig,
-        model_T: Mapping[str, nn.Module],
+        model_T: Mapping[str, nn.Module | None],
         model_S: nn.Module,
         adaptor_T: Mapping[str, Adaptor | str],
         adaptor_S: Mapping[str, Adaptor | str],
+        teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (("model_T", model_T), ("adaptor_T", adaptor_T), ("adaptor_S", adaptor_S)):
             if not isinstance(value, (Mapping, nn.ModuleDict)) or len(value) == 0:
@@ -55,6 +59,7 @@ class MultiTaskDistiller(BaseDistiller):
             model_S,
             {task: [adaptor] for task, adaptor in adaptor_T.items()},
             adaptor_S,
+            teacher_cache=teacher_cache,
         )
         self.model_T, self.adaptor_T, self.adaptor_S = model_T, adaptor_T, adaptor_S
 

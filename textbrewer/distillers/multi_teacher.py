@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from textbrewer.configurations import DistillationConfig, TrainingConfig
 from textbrewer.distillers import heads
 from textbrewer.distillers.base import Results
 from textbrewer.distillers.single_task import SingleTaskDistiller
+from textbrewer.teacher_cache import TeacherCache
 
 
 class MultiTeacherDistiller(SingleTaskDistiller):
@@ -23,6 +25,8 @@ class MultiTeacherDistiller(SingleTaskDistiller):
         model_S: the student.
         adaptor_T: one adaptor for all teachers, or a list of one each; ``"auto"`` for transformers models.
         adaptor_S: what the student's outputs mean, likewise.
+        teacher_cache: where the teachers' outputs are stored and found again: a ``TeacherCache`` or a folder. With
+            every row in it, teachers may be ``None``.
 
     Raises:
         ValueError: if there are not as many adaptors as teachers.
@@ -32,10 +36,11 @@ class MultiTeacherDistiller(SingleTaskDistiller):
         self,
         train_config: TrainingConfig,
         distill_config: DistillationConfig,
-        model_T: Sequence[nn.Module],
+        model_T: Sequence[nn.Module | None],
         model_S: nn.Module,
         adaptor_T: Adaptor | str | Sequence[Adaptor | str],
         adaptor_S: Adaptor | str,
+        teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(model_T, (list, tuple, nn.ModuleList)) or len(model_T) == 0:
             raise TypeError(f"model_T must be a list of teachers, got {type(model_T).__name__}")
@@ -46,7 +51,15 @@ class MultiTeacherDistiller(SingleTaskDistiller):
             adaptors_T = [adaptor_T] * len(model_T)
         if len(adaptors_T) != len(model_T):
             raise ValueError(f"adaptor_T must be one adaptor, or one a teacher ({len(model_T)}), got {len(adaptors_T)}")
-        super().__init__(train_config, distill_config, {"": model_T}, model_S, {"": adaptors_T}, {"": adaptor_S})
+        super().__init__(
+            train_config,
+            distill_config,
+            {"": model_T},
+            model_S,
+            {"": adaptors_T},
+            {"": adaptor_S},
+            teacher_cache=teacher_cache,
+        )
         self.model_T, self.adaptor_T, self.adaptor_S = model_T, adaptor_T, adaptor_S
 
     def _as_results(self, results_T: list[Views]) -> Results:

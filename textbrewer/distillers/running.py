@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from textbrewer.adaptors import Views
 from textbrewer.distillers import first_step, training, weighting
 from textbrewer.distillers.base import BaseDistiller
 from textbrewer.distillers.batch_parts import TaskBatch, split
+from textbrewer.distillers.cached_run import CachedRun
+from textbrewer.distillers.cached_teacher import Prepared
 from textbrewer.distillers.caching import CachedBatches, Remembered
 from textbrewer.distillers.frozen import evaluating, frozen
 from textbrewer.distillers.student import call
@@ -77,12 +80,29 @@ def train(distiller: BaseDistiller, arguments: Arguments, data: Data) -> None:
     sizes = [size_of(loader) for loader in data.loaders.values()]
     engine.plan_steps(config, arguments.num_epochs, arguments.num_steps, sizes)
     _check_weight_schedulers(distiller, arguments.num_steps is None and None in sizes)
+    cache = distiller.teacher_cache
     with (
         engine.Runtime(config) as runtime,
         distiller.working(runtime, arguments.model_args),
         frozen(distiller.teachers.all(), distiller.model_S),
+        nullcontext() if cache is None else cache.opened(),
+        cached(distiller, runtime),
     ):
         _run(distiller, runtime, arguments, data)
+
+
+@contextmanager
+def cached(distiller: BaseDistiller, runtime: engine.Runtime) -> Iterator[None]:
+    """Use the distiller's teacher cache, if it has one, while the context is open."""
+    if distiller.teacher_cache is None:
+        yield
+        return
+    distiller.cached_run = run = CachedRun(distiller, runtime, distiller.teacher_cache)
+    try:
+        yield
+    finally:
+        distiller.cached_run = None
+        run.finish()
 
 
 def _check_weight_schedulers(distiller: BaseDistiller, length_unknown: bool) -> None:
@@ -97,7 +117,7 @@ def _check_weight_schedulers(distiller: BaseDistiller, length_unknown: bool) -> 
 
 def _run(distiller: BaseDistiller, runtime: engine.Runtime, arguments: Arguments, data: Data) -> None:
     config = distiller.t_config
-    _probe_widths(distiller, runtime, data)
+    _probe(distiller, runtime, data)
     shards = {task: engine.shard(loader, runtime) for task, loader in data.loaders.items()}
     # The second plan, of what each process reads; a warning about both lengths was given with the first.
     epochs = arguments.num_epochs if arguments.num_steps is None else None
@@ -124,7 +144,11 @@ def _run(distiller: BaseDistiller, runtime: engine.Runtime, arguments: Arguments
         shares=(lambda batches: _shares(distiller, runtime, batches)) if exact else None,
         settings={**config.to_dict(), "temperature": distiller.d_config.temperature},
     )
-    engine.run(job, config, runtime, plan, arguments.resume_from)
+    try:
+        engine.run(job, config, runtime, plan, arguments.resume_from)
+    finally:
+        for source in sources.values():
+            source.close()
 
 
 def _projection_groups(distiller: BaseDistiller) -> list[training.ParameterGroup]:
@@ -146,12 +170,13 @@ def _batches(
     loader: Iterable[Any],
     postprocess: PostProcessor | None,
 ) -> LoaderBatches:
+    if distiller.cached_run is not None:
+        return distiller.cached_run.source(task, loader, postprocess, _loader_name(task))
     if not distiller.d_config.is_caching_logits:
         return LoaderBatches(loader, postprocess, _loader_name(task))
-    everything = type(distiller).compute_loss is not BaseDistiller.compute_loss
 
     def remember(batch: Any) -> Remembered:
-        return distiller.teachers.remember(runtime, task, batch, distiller.model_args, everything)
+        return distiller.teachers.remember(runtime, task, batch, distiller.model_args, distiller.reads_everything())
 
     make_bar = partial(engine.progress_bar, distiller.t_config, runtime)
     return CachedBatches(loader, postprocess, _loader_name(task), remember, make_bar)
@@ -159,25 +184,37 @@ def _batches(
 
 def _shares(distiller: BaseDistiller, runtime: engine.Runtime, batches: list[Any]) -> list[dict[str, Tensor]]:
     plain = [batch.batch if isinstance(batch, TaskBatch) else batch for batch in batches]
-    plain = [batch.batch if isinstance(batch, Remembered) else batch for batch in plain]
+    plain = [batch.batch if isinstance(batch, (Remembered, Prepared)) else batch for batch in plain]
     return weighting.shares([split(batch)[1] for batch in plain], runtime, distiller.count_positions)
 
 
-def _probe_widths(distiller: BaseDistiller, runtime: engine.Runtime, data: Data) -> None:
-    """Build the projections whose widths no configuration tells, from one batch; nothing random is drawn for it."""
-    undecided = [item for item in distiller.plan if item.match.projection and item.number not in distiller.projections]
-    if not undecided:
-        return
-    task, loader = next(iter(data.loaders.items()))
-    batch = engine.first_batch(loader, data.postprocessors.get(task))
-    student = distiller.model_S.to(runtime.device)
-    with engine.rng_kept(), torch.no_grad(), evaluating(student):
+def _probe(distiller: BaseDistiller, runtime: engine.Runtime, data: Data) -> None:
+    """Look at one batch before the training, where something must be known of it; nothing random is drawn for it.
+
+    It builds the projections whose widths no configuration tells, and decides how a teacher cache stores its rows.
+    """
+    run = distiller.cached_run
+    for number, (task, loader) in enumerate(data.loaders.items()):
+        missing = [
+            item for item in distiller.plan if item.match.projection and item.number not in distiller.projections
+        ]
+        unsettled = run is not None and not run.is_settled(task)
+        if not unsettled and not (missing and number == 0):
+            continue
+        batch = engine.first_batch(loader, data.postprocessors.get(task))
         teacher_batch, student_batch, stored = split(batch)
-        results_T = distiller.teachers.views(runtime, task, teacher_batch, distiller.model_args, stored)
-        student_batch = runtime.to_device(student_batch)
-        outputs_S = call(student, student_batch, distiller.student_args[task])
-        results_S = adaptors.normalise(distiller.adaptors_S[task](student_batch, outputs_S), "adaptor_S")
-    distiller.build_projections(first_step.widths(Views(results_S), results_T, undecided))
+        with engine.rng_kept(), torch.no_grad(), evaluating(distiller.model_S.to(runtime.device)):
+            if run is not None and stored is None:
+                results_T = run.first_views(task, teacher_batch)
+            else:
+                results_T = distiller.teachers.views(runtime, task, teacher_batch, distiller.model_args, stored)
+            student_batch = runtime.to_device(student_batch)
+            outputs_S = call(distiller.model_S, student_batch, distiller.student_args[task])
+            results_S = Views(adaptors.normalise(distiller.adaptors_S[task](student_batch, outputs_S), "adaptor_S"))
+        if missing:
+            distiller.build_projections(first_step.widths(results_S, results_T, missing))
+        if run is not None and unsettled and stored is None:
+            run.settle(task, teacher_batch, results_T, results_S, loader)
 
 
 def _loader_name(task: str) -> str:

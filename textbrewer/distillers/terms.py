@@ -12,8 +12,9 @@ from torch import Tensor
 
 from textbrewer.adaptors import Views
 from textbrewer.distillers import heads
+from textbrewer.distillers.stacking import Stacking
 from textbrewer.losses.masking import denominator_of
-from textbrewer.matching import CustomMatch, PlannedMatch, select
+from textbrewer.matching import CustomMatch, PlannedMatch, select, teacher_feature
 
 
 @dataclass(frozen=True)
@@ -128,35 +129,67 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
     return [Term("kd_loss", sum(values[1:], values[0]), now.kd_weight, averaged_over)]
 
 
-def match_terms(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch]) -> list[Term]:
+def some_weight(results_S: Views, plan: Sequence[PlannedMatch], custom: Sequence[CustomMatch], now: Now) -> bool:
+    """Return whether a term has a weight in this step; terms without one then need not be computed."""
+    return bool(
+        (now.kd_weight and "logits" in results_S)
+        or (now.hard_label_weight and "losses" in results_S)
+        or any(planned.match.weight for planned in plan)
+        or any(match.weight for match in custom)
+    )
+
+
+def match_terms(
+    results_S: Views,
+    results_T: Sequence[Views],
+    plan: Sequence[PlannedMatch],
+    stacking: Stacking | None = None,
+) -> list[Term]:
     """Return a term for each intermediate match.
 
     Args:
         results_S: the student's views, with its projected features.
         results_T: the views of each teacher.
         plan: the matches.
+        stacking: computes losses of one kind in a single call; ``None``: each on its own.
     """
     mask = results_S.get("inputs_mask")
-    terms = []
+    features_S, features_T = [], []
     for planned in plan:
         match = planned.match
         if planned.number in results_S.projected:
-            feature_S = results_S.projected[planned.number]
+            features_S.append(results_S.projected[planned.number])
         else:
-            feature_S = select(results_S, match.feature, match.layer_S, "student")
-        feature_T = select(results_T[match.teacher], match.feature, match.layer_T, "teacher")
-        value = planned.loss(feature_S, feature_T, mask=mask)
-        kind = denominator_of(planned.loss)
-        if mask is None and kind in ("positions", "pairs"):
-            kind = {"positions": "cells", "pairs": "cell_pairs"}[kind]
-        terms.append(Term(planned.name, value, match.weight, kind))
-    return terms
+            features_S.append(select(results_S, match.feature, match.layer_S, "student"))
+        features_T.append(teacher_feature(results_T, planned))
+    losses = [planned.loss for planned in plan]
+    if stacking is not None:
+        values = stacking.values(losses, features_S, features_T, mask)
+    else:
+        triples = zip(losses, features_S, features_T, strict=True)
+        values = [loss(feature_S, feature_T, mask=mask) for loss, feature_S, feature_T in triples]
+    return [
+        Term(planned.name, value, planned.match.weight, _kind(planned.loss, mask))
+        for planned, value in zip(plan, values, strict=True)
+    ]
 
 
-def custom_terms(results_S: Views, results_T: Views, matches: Sequence[CustomMatch]) -> list[Term]:
-    """Return a term for each custom match."""
+def _kind(loss: Callable[..., Tensor], mask: Tensor | None) -> str | None:
+    """Return what a match loss averages over."""
+    kind = denominator_of(loss)
+    if mask is None and kind in ("positions", "pairs"):
+        return {"positions": "cells", "pairs": "cell_pairs"}[kind]
+    return kind
+
+
+def custom_terms(
+    results_S: Views, results_T: Views, matches: Sequence[CustomMatch], weighted_only: bool = False
+) -> list[Term]:
+    """Return a term for each custom match; with ``weighted_only``, not for those of weight 0."""
     terms = []
     for number, match in enumerate(matches):
+        if weighted_only and not match.weight:
+            continue
         value = match.value(
             results_S.captured[number],
             results_T.captured[number],
@@ -178,6 +211,8 @@ def hard_label_terms(results_S: Views, now: Now) -> list[Term]:
 def total(terms: Sequence[Term], now: Now) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the terms, and their unweighted values by log name.
 
+    A term of weight 0 is logged, but costs no gradient; where no term has a weight, all are summed as they are.
+
     Raises:
         ValueError: if there are no terms, or exact accumulation meets a term that does not tell what it averages over.
     """
@@ -186,12 +221,17 @@ def total(terms: Sequence[Term], now: Now) -> tuple[Tensor, dict[str, Tensor]]:
             "nothing to optimise: the adaptors returned neither 'logits' nor 'losses', and there are no matches"
         )
     loss: Tensor | None = None
-    for term in terms:
+    summed = [term for term in terms if term.weight] or terms
+    for term in summed:
         value = term.value * term.weight
         if now.share is not None:
             value = value * _share(term, now.share)
         loss = value if loss is None else loss + value
-    return loss, {f"unweighted_{term.name}": term.value for term in terms}  # type: ignore[return-value]
+    logs = {
+        f"unweighted_{term.name}": term.value if term.weight or summed is terms else term.value.detach()
+        for term in terms
+    }
+    return loss, logs  # type: ignore[return-value]
 
 
 def _share(term: Term, share: Mapping[str, Tensor]) -> Tensor:

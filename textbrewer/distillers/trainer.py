@@ -15,6 +15,7 @@ from textbrewer import adaptors, checks, engine
 from textbrewer.adaptors import Adaptor
 from textbrewer.configurations import TrainingConfig
 from textbrewer.distillers import first_step, terms, training, weighting
+from textbrewer.distillers.compiling import compiled
 from textbrewer.distillers.frozen import Modes, modes_of, set_modes
 from textbrewer.distillers.student import StudentModule
 
@@ -69,11 +70,13 @@ class BasicTrainer:
             TypeError, ValueError, KeyError: if an argument, or what the adaptor returns, cannot work.
             NonFiniteError: if a loss or gradient is NaN or infinite.
         """
+        self._check_config()
         training.check_loader(dataloader, "dataloader")
         training.check_arguments(optimizer, self.model, self.t_config.output_dir, max_grad_norm, callback, resume_from)
         engine.plan_steps(self.t_config, num_epochs, num_steps, [engine.size_of(dataloader)])
         modes: AbstractContextManager[Any] = self if self._modes_before is None else nullcontext()
-        with engine.Runtime(self.t_config) as runtime, modes:
+        models = [self.model] if self.t_config.compile else []
+        with engine.Runtime(self.t_config) as runtime, modes, compiled(models, "model"):
             loader = engine.shard(dataloader, runtime)
             # The second plan, of what each process reads; a warning about both lengths was given with the first.
             epochs = num_epochs if num_steps is None else None
@@ -92,6 +95,15 @@ class BasicTrainer:
                 settings=self.t_config.to_dict(),
             )
             engine.run(job, self.t_config, runtime, plan, resume_from)
+
+    def _check_config(self) -> None:
+        """Raise ValueError for settings of a teacher, which is not here."""
+        if self.t_config.compile == "teacher":
+            raise ValueError("compile='teacher': a BasicTrainer has no teacher; use compile=True, or 'student'")
+        if self.t_config.teacher_precision is not None:
+            raise ValueError(
+                f"teacher_precision={self.t_config.teacher_precision!r}: a BasicTrainer has no teacher; use precision"
+            )
 
     def count_positions(self, batch: Any) -> weighting.Counts:
         """Count what the losses average over; see :meth:`GeneralDistiller.count_positions`."""

@@ -109,6 +109,9 @@ class LoaderBatches:
             checks.warn(f"{self.name} yields more than len({self.name}) = {self.size} batches; the others are left out")
         self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
 
+    def close(self) -> None:
+        """Let go of what the source holds beside its loader: nothing."""
+
     def _begin(self, skipping: int = 0) -> Iterator[Any]:
         self._pass_start = rng.take(generators_of(self.loader))
         tell_epoch(self.loader, self.epoch)

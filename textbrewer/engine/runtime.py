@@ -102,6 +102,23 @@ class Runtime:
         """Return the context in which a forward pass has this run's precision."""
         return self.accelerator.autocast() if self.precision in ("bf16", "fp16") else nullcontext()
 
+    @property
+    def teacher_precision(self) -> str:
+        """The precision of the teacher's forward pass: its own, or this run's."""
+        return self.config.teacher_precision or self.precision
+
+    def teacher_autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which a teacher's forward pass has its precision."""
+        if self.config.teacher_precision is None:
+            return self.autocast()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.teacher_precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def teacher_to_float32(self, outputs: Any) -> Any:
+        """Return a teacher's outputs with half-precision tensors as float32, if it has a precision of its own."""
+        own = self.config.teacher_precision is not None
+        return convert_to_fp32(outputs) if own else self.to_float32(outputs)
+
     def micro_batch(self, module: nn.Module, sync: bool) -> AbstractContextManager[Any]:
         """Return the context of one forward and backward pass; gradients are exchanged only if ``sync``."""
         return nullcontext() if sync or self.world == 1 else self.accelerator.no_sync(module)
@@ -173,14 +190,23 @@ def _precision(config: TrainingConfig) -> str:
     """Return the configured precision, or the launcher's (``accelerate launch --mixed_precision``) where none is.
 
     Raises:
-        ValueError: for fp16 on a CPU, which accelerate would ignore.
+        ValueError: for fp16 on a CPU, which accelerate would ignore, or a teacher in int8 elsewhere.
     """
     precision = config.precision
     if precision == "no" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16"):
         precision = os.environ["ACCELERATE_MIXED_PRECISION"]
-    if precision == "fp16" and torch.device(config.device or "cpu").type == "cpu":
+    kind = torch.device(config.device or "cpu").type
+    if precision == "fp16" and kind == "cpu":
         raise ValueError(
             "precision='fp16' (fp16=True) needs a GPU, and the device is 'cpu'; use precision='bf16' there"
+        )
+    if config.teacher_precision == "fp16" and kind == "cpu":
+        raise ValueError(
+            "teacher_precision='fp16' needs a GPU, and the device is 'cpu'; use teacher_precision='bf16' there"
+        )
+    if config.teacher_precision == "int8" and kind != "cpu":
+        raise ValueError(
+            f"teacher_precision='int8' is for CPUs, and the device is {kind!r}; use teacher_precision='bf16' there"
         )
     return precision
 

@@ -135,6 +135,13 @@ def progress_bar(config: TrainingConfig, runtime: Runtime, **options: Any) -> An
     return tqdm(dynamic_ncols=True, **options, **silent)
 
 
+def say(config: TrainingConfig, runtime: Runtime, message: str) -> None:
+    """Log a line, and print it where a progress bar would be shown."""
+    logger.info(message)
+    if config.progress_bar and runtime.is_main:
+        tqdm.write(message)
+
+
 def check_finite(step: int, losses: dict[str, float]) -> None:
     """Raise if a loss is NaN or infinite.
 

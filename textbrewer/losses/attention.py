@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 from torch import Tensor
 
+from textbrewer.losses.forms import TeacherForm, teacher_form
 from textbrewer.losses.masking import (
     averaged_over,
     full_precision,
@@ -109,8 +110,21 @@ def att_mse_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None =
     return _squared_error(student, teacher, mask)
 
 
+def _sum_form(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the teacher's scores summed over the heads, as :func:`att_mse_sum_loss` also takes them."""
+    one_tensor(scores, "attention scores of the teacher")
+    return full_precision(scores)[0].sum(dim=1) if scores.dim() == 4 else scores
+
+
+def _mean_form(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the teacher's scores averaged over the heads, as :func:`att_ce_mean_loss` also takes them."""
+    one_tensor(scores, "attention scores of the teacher")
+    return full_precision(scores)[0].mean(dim=1) if scores.dim() == 4 else scores
+
+
 @MATCH_LOSS_MAP.add("attention_mse_sum")
 @averaged_over("pairs")
+@teacher_form(TeacherForm("sum_of_heads", _sum_form, positions=(1, 2)))
 def att_mse_sum_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Mean squared error between attention scores summed over the heads.
 
@@ -175,6 +189,7 @@ def att_ce_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = 
 
 @MATCH_LOSS_MAP.add("attention_ce_mean")
 @averaged_over("positions")
+@teacher_form(TeacherForm("mean_of_heads", _mean_form, positions=(1, 2)))
 def att_ce_mean_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Cross-entropy of the student's attention under the teacher's, of scores averaged over the heads.
 

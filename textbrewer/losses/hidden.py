@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (torch's own abbreviation)
 
+from textbrewer.losses.forms import TeacherForm, teacher_form
 from textbrewer.losses.masking import (
     averaged_over,
     clear_masked,
@@ -102,8 +103,14 @@ def _first_position(state: Tensor, side: str) -> Tensor:
     return state[:, 0] if state.dim() == 3 else state
 
 
+def _first_form(state: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the teacher's state at position 0, as :func:`pkd_loss` also takes it."""
+    return _first_position(state, "teacher")
+
+
 @MATCH_LOSS_MAP.add("pkd")
 @averaged_over("rows")
+@teacher_form(TeacherForm("first_position", _first_form))
 def pkd_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Squared distance between the directions of the hidden states at position 0.
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from textbrewer.losses.forms import TeacherForm, teacher_form
 from textbrewer.losses.masking import (
     averaged_over,
     clear_masked,
@@ -57,9 +58,16 @@ def _layer_gram(states: tuple[Tensor, Tensor], weight: Tensor | None) -> Tensor:
     return _product(first.transpose(1, 2), second) / torch.where(length > 0, length, torch.ones_like(length))
 
 
+def _layer_form(states: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Return the teacher's product of two layers, as :func:`fsp_loss` also takes it."""
+    first, second = full_precision(*_two_states(states, "teacher"))
+    return _layer_gram((first, second), position_weights(mask, first, first.shape[:2]))
+
+
 @MATCH_LOSS_MAP.add("fsp", "gram")
 @averaged_over("rows")
-def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+@teacher_form(TeacherForm("layer_product", _layer_form, uses_mask=True))
+def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor] | Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Mean squared error between the products of two layers over the positions (flow of solution procedure).
 
     .. math::
@@ -69,7 +77,8 @@ def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
 
     Args:
         state_S: two student states, ``(batch, length, hidden)``; the two may be of different widths.
-        state_T: two teacher states, each as wide as the student's; where they are not, the match names ``'proj'``.
+        state_T: two teacher states, each as wide as the student's; where they are not, the match names ``'proj'``. Or
+            their product :math:`T_{b0}^\top T_{b1} / n_b`, ``(batch, hidden, hidden)``.
         mask: ``(batch, length)``, zero where a position does not count; None: all count.
 
     Returns:
@@ -82,7 +91,23 @@ def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
     Reference:
         Yim et al., "A Gift from Knowledge Distillation", CVPR 2017, section 3.2.
     """
-    pair_S, pair_T = _two_states(state_S, "student"), _two_states(state_T, "teacher")
+    pair_S = _two_states(state_S, "student")
+    if not isinstance(state_T, Tensor):
+        _same_layers(pair_S, _two_states(state_T, "teacher"), mask)
+    student_0, student_1 = full_precision(*pair_S)
+    weight = position_weights(mask, student_0, student_0.shape[:2])
+    product_S = _layer_gram((student_0, student_1), weight)
+    if isinstance(state_T, Tensor):
+        product_T = _same_product(product_S, state_T)
+    else:
+        teacher_0, teacher_1 = full_precision(*state_T)
+        product_T = _layer_gram((teacher_0, teacher_1), weight)
+    rows = None if weight is None else (weight.sum(dim=1) > 0).to(product_S.dtype)
+    return weighted_mean((product_S - product_T).square().mean(dim=(1, 2)), rows)
+
+
+def _same_layers(pair_S: Sequence[Tensor], pair_T: Sequence[Tensor], mask: Tensor | None) -> None:
+    """Raise ValueError unless the states of both sides can be compared by ``fsp``."""
     for student, teacher in zip(pair_S, pair_T, strict=True):
         if student.shape[-1] != teacher.shape[-1]:
             raise ValueError(
@@ -95,11 +120,16 @@ def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
                 "hidden states of student and teacher must have one batch, and with a mask one length, "
                 f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
             )
-    student_0, student_1, teacher_0, teacher_1 = full_precision(*pair_S, *pair_T)
-    weight = position_weights(mask, student_0, student_0.shape[:2])
-    difference = _layer_gram((student_0, student_1), weight) - _layer_gram((teacher_0, teacher_1), weight)
-    rows = None if weight is None else (weight.sum(dim=1) > 0).to(difference.dtype)
-    return weighted_mean(difference.square().mean(dim=(1, 2)), rows)
+
+
+def _same_product(product_S: Tensor, product_T: Tensor) -> Tensor:
+    """Return the teacher's product in full precision, checked to have the shape of the student's."""
+    if product_S.shape != product_T.shape:
+        raise ValueError(
+            f"products of student and teacher must have the same shape, got {tuple(product_S.shape)} and "
+            f"{tuple(product_T.shape)}; both models must read the same tokens"
+        )
+    return full_precision(product_T)[0]
 
 
 def _position_gram(states: tuple[Tensor, Tensor], weight: Tensor | None) -> Tensor:
@@ -108,9 +138,27 @@ def _position_gram(states: tuple[Tensor, Tensor], weight: Tensor | None) -> Tens
     return _product(first, second.transpose(1, 2)) / max(second.shape[2], 1)
 
 
+def _position_form(states: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Return the teacher's products of positions, as :func:`mmd_loss` also takes them."""
+    first, second = full_precision(*_checked_pair(states, "teacher"))
+    return _position_gram((first, second), position_weights(mask, first, first.shape[:2]))
+
+
+def _checked_pair(states: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Return the two states of one side, checked to be of one width."""
+    first, second = _two_states(states, side)
+    if first.shape[-1] != second.shape[-1]:
+        raise ValueError(
+            f"both states of the {side} must have the same width for 'nst', "
+            f"got {first.shape[-1]} and {second.shape[-1]}; name two layers of one width"
+        )
+    return first, second
+
+
 @MATCH_LOSS_MAP.add("nst", "mmd")
 @averaged_over("pairs")
-def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+@teacher_form(TeacherForm("position_product", _position_form, positions=(1, 2)))
+def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor] | Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Mean squared error between the products of positions of two layers (neuron selectivity transfer).
 
     .. math::
@@ -120,6 +168,7 @@ def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
     Args:
         state_S: two student states, ``(batch, length, hidden_S)``.
         state_T: two teacher states, ``(batch, length, hidden_T)``; the widths may differ, so no projection is needed.
+            Or their products :math:`T_{b0i} \cdot T_{b1j} / H_T`, ``(batch, length, length)``.
         mask: ``(batch, length)``, zero where a position does not count; None: all count.
 
     Returns:
@@ -133,19 +182,20 @@ def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
         Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv:1707.01219,
         section 4 (TextBrewer's variant: the polynomial kernel's products, position by position).
     """
-    pair_S, pair_T = _two_states(state_S, "student"), _two_states(state_T, "teacher")
-    for side, (first, second) in (("student", pair_S), ("teacher", pair_T)):
-        if first.shape[-1] != second.shape[-1]:
+    pair_S = _checked_pair(state_S, "student")
+    if not isinstance(state_T, Tensor):
+        pair_T = _checked_pair(state_T, "teacher")
+        if pair_S[0].shape[:2] != pair_T[0].shape[:2]:
             raise ValueError(
-                f"both states of the {side} must have the same width for 'nst', "
-                f"got {first.shape[-1]} and {second.shape[-1]}; name two layers of one width"
+                "hidden states of student and teacher must have the same batch and length, "
+                f"got {tuple(pair_S[0].shape)} and {tuple(pair_T[0].shape)}; both models must read the same tokens"
             )
-    if pair_S[0].shape[:2] != pair_T[0].shape[:2]:
-        raise ValueError(
-            "hidden states of student and teacher must have the same batch and length, "
-            f"got {tuple(pair_S[0].shape)} and {tuple(pair_T[0].shape)}; both models must read the same tokens"
-        )
-    student_0, student_1, teacher_0, teacher_1 = full_precision(*pair_S, *pair_T)
+    student_0, student_1 = full_precision(*pair_S)
     weight = position_weights(mask, student_0, student_0.shape[:2])
-    difference = _position_gram((student_0, student_1), weight) - _position_gram((teacher_0, teacher_1), weight)
-    return weighted_mean(difference.square(), None if weight is None else pair_weights(weight))
+    products_S = _position_gram((student_0, student_1), weight)
+    if isinstance(state_T, Tensor):
+        products_T = _same_product(products_S, state_T)
+    else:
+        teacher_0, teacher_1 = full_precision(*pair_T)
+        products_T = _position_gram((teacher_0, teacher_1), weight)
+    return weighted_mean((products_S - products_T).square(), None if weight is None else pair_weights(weight))

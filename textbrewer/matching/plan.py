@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from textbrewer.adaptors import Views
 from textbrewer.configurations import IntermediateMatch, Projection
 from textbrewer.presets import MATCH_LOSS_MAP, PROJ_MAP
 
@@ -96,6 +97,22 @@ def select(views: Mapping[str, Any], feature: str, layers: int | list[int], who:
     if isinstance(layers, list):
         return [_layer(sequence, layer, feature, who) for layer in layers]
     return _layer(sequence, layers, feature, who)
+
+
+def teacher_feature(results_T: Sequence[Views], planned: PlannedMatch) -> Feature:
+    """Return the teacher's feature that a match reads: in the reduced form of its loss, where there is one, or whole.
+
+    Args:
+        results_T: the views of each teacher.
+        planned: the match.
+
+    Raises:
+        KeyError, IndexError: as :func:`select`.
+    """
+    match, views = planned.match, results_T[planned.match.teacher]
+    if planned.number in views.reduced:
+        return views.reduced[planned.number]
+    return select(views, match.feature, match.layer_T, "teacher")
 
 
 def _layer(sequence: Any, layer: int, feature: str, who: str) -> Tensor:

@@ -1,0 +1,66 @@
+"""Batches made ready on a thread while the step before is at work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from textbrewer.engine.batches import LoaderBatches, PostProcessor
+
+
+class PreparedBatches(LoaderBatches):
+    """The batches of one loader, each made ready on a thread while the one before is used.
+
+    The loader itself is read in the main thread, one batch ahead and never past the end of a pass, so the order that it
+    draws is that of a plain ``for`` loop. A loader that draws random numbers for each batch in this process draws them
+    one step earlier.
+
+    Args:
+        loader: any iterable of batches that can be iterated again and again.
+        postprocess: applied to each batch in the main thread; may be ``None``.
+        name: the loader's name, for messages.
+        prepare: ``prepare(batch, epoch)`` gives what is handed on; called in the thread.
+        waited: told the seconds that a step waited for its batch's preparation.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        postprocess: PostProcessor | None,
+        name: str,
+        prepare: Callable[[Any, int], Any],
+        waited: Callable[[float], None],
+    ) -> None:
+        super().__init__(loader, None, name)
+        self._before, self._prepare, self._waited = postprocess, prepare, waited
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare-batch")
+
+    def _begin(self, skipping: int = 0) -> Iterator[Any]:
+        return self._ahead(super()._begin(skipping))
+
+    def _ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        coming = self._submit(batches)
+        while coming is not None:
+            ready = coming
+            coming = self._submit(batches)
+            started = time.perf_counter()
+            batch = ready.result()
+            self._waited(time.perf_counter() - started)
+            del ready
+            yield batch
+
+    def _submit(self, batches: Iterator[Any]) -> Future[Any] | None:
+        """Read the next batch and hand it to the thread; ``None`` at the end of the pass."""
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return None
+        if self._before is not None:
+            batch = self._before(batch)
+        return self._thread.submit(self._prepare, batch, self.epoch)
+
+    def close(self) -> None:
+        """Finish the thread."""
+        self._thread.shutdown(cancel_futures=True)

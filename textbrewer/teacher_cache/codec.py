@@ -1,0 +1,284 @@
+"""Rows of tensors as bytes: without padding, in float32, float16, bfloat16, or int8 with one scale a vector."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+_HEAD = struct.Struct("<II")
+_LARGEST_HALF = 65504.0
+Array = np.ndarray[Any, Any]
+Place = Any
+"""The kept positions of a row: a slice, or their numbers."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stored tensor of a row.
+
+    Args:
+        name: its name.
+        dtype: the type it comes back in, such as ``"float32"``.
+        shape: its shape in one row; 0 where it is as long as the row.
+        top_k: of logits: how many are kept; 0: all.
+        temperature: of logits with ``top_k``: at which the mass of the others is kept.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    top_k: int = 0
+    temperature: float = 1.0
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Item:
+        """Construct an item of what :meth:`to_dict` returned."""
+        return cls(**{**content, "shape": tuple(content["shape"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real numbers, which may be stored in a shorter type."""
+        return bool(getattr(torch, self.dtype).is_floating_point)
+
+    def row_shape(self, length: int) -> tuple[int, ...]:
+        """Return the shape in a row of so many positions."""
+        return tuple(length if size == 0 else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of an item's bytes: its type in NumPy and torch, and whether it has the item's last dimension."""
+
+    numpy: str
+    torch: torch.dtype
+    last: int | None
+
+
+def parts_of(item: Item, code: str) -> list[Part]:
+    """Return the arrays that an item is stored as, under a storage type."""
+    if item.top_k:
+        inner = parts_of(Item(item.name, item.dtype, (item.top_k,)), code)
+        return [*inner, Part("i4", torch.int32, item.top_k), Part("f4", torch.float32, None)]
+    last = item.shape[-1] if item.shape else None
+    if not item.is_float:
+        dtype = getattr(torch, item.dtype)
+        return [Part("u1", torch.uint8, last) if dtype == torch.bool else Part("i8", torch.int64, last)]
+    if code == "int8":
+        return [Part("i1", torch.int8, last), Part("f4", torch.float32, None)]
+    numpy, kind = {
+        "float32": ("f4", torch.float32),
+        "float16": ("f2", torch.float16),
+        "bfloat16": ("i2", torch.bfloat16),
+    }[code]
+    return [Part(numpy, kind, last)]
+
+
+# ---- storing -------------------------------------------------------------------------------------------------------
+
+
+def pack(items: Sequence[Item], tensors: Mapping[str, Tensor], dtype: str, places: Sequence[Place]) -> list[bytes]:
+    """Return the bytes of each row.
+
+    Args:
+        items: what is stored.
+        tensors: by name, rows first.
+        dtype: the storage type of real numbers; one that cannot hold an item's numbers gives way to float32.
+        places: the kept positions of each row.
+    """
+    columns: list[tuple[Item, list[Array], list[Part]]] = []
+    codes = b""
+    for item in items:
+        code, arrays = _encode(item, tensors[item.name].detach(), dtype)
+        codes += bytes([DTYPES.index(code)])
+        columns.append((item, arrays, parts_of(item, code)))
+    rows = []
+    for row, place in enumerate(places):
+        length = place.stop if isinstance(place, slice) else len(place)
+        pieces = [codes]
+        for item, arrays, _ in columns:
+            pieces += [_cut(array[row], item, place).tobytes() for array in arrays]
+        body = b"".join(pieces)
+        rows.append(_HEAD.pack(zlib.crc32(body), length or 0) + body)
+    return rows
+
+
+def _encode(item: Item, tensor: Tensor, dtype: str) -> tuple[str, list[Array]]:
+    """Return the storage type used, and the arrays of an item."""
+    if item.top_k:
+        values, places, tail = top_logits(tensor, item.top_k, item.temperature)
+        code, arrays = _encode(Item(item.name, item.dtype, (item.top_k,)), values, dtype)
+        return code, [*arrays, places.int().cpu().numpy(), tail.float().cpu().numpy()]
+    if not item.is_float:
+        kind = torch.uint8 if tensor.dtype == torch.bool else torch.int64
+        return "float32", [tensor.to(kind).cpu().numpy()]
+    if not _fits(tensor, dtype):
+        dtype = "float32"
+    if dtype == "int8":
+        numbers, scale = quantise(tensor)
+        return dtype, [numbers.cpu().numpy(), scale.cpu().numpy()]
+    stored = tensor.to(getattr(torch, dtype)).cpu()
+    return dtype, [(stored.view(torch.int16) if dtype == "bfloat16" else stored).numpy()]
+
+
+def _fits(tensor: Tensor, dtype: str) -> bool:
+    """Return whether a storage type can hold a tensor's numbers (waits for the device)."""
+    if dtype in ("float32", "bfloat16") or tensor.numel() == 0:
+        return True
+    if dtype == "int8" and tensor.dim() < 2:
+        return False
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    if math.isfinite(low) and math.isfinite(high):
+        return dtype == "int8" or max(-low, high) <= _LARGEST_HALF
+    if dtype == "int8":
+        return False
+    return not bool(((tensor.abs() > _LARGEST_HALF) & tensor.isfinite()).any())
+
+
+def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whole numbers from -127 to 127 and the scale of each vector along the last dimension."""
+    values = tensor.float()
+    scale = values.abs().amax(dim=-1) / 127
+    steps = values / torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
+    return steps.round_().to(torch.int8), scale
+
+
+def top_logits(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return the largest logits, their classes, and the level of the others.
+
+    The others are taken as equal, at the level at which their probability in all is what it was:
+    :math:`\tau (\log \sum_{c \notin \text{top}} e^{t_c / \tau} - \log (C - k))`.
+
+    Args:
+        logits: ``(..., classes)``.
+        count: how many are kept, k.
+        temperature: at which the probabilities are taken, tau.
+    """
+    values, places = logits.topk(count, dim=-1)
+    others = logits.float().scatter(-1, places, -torch.inf)
+    level = temperature * (torch.logsumexp(others / temperature, dim=-1) - math.log(logits.shape[-1] - count))
+    return values, places, level
+
+
+def _cut(row: Array, item: Item, place: Place) -> Array:
+    """Return the kept positions of one row's array, which may lack the item's last dimension."""
+    shape = item.shape[: row.ndim]
+    if isinstance(place, slice):
+        return row[tuple(place if size == 0 else slice(None) for size in shape)]
+    for dimension, size in enumerate(shape):
+        if size == 0:
+            row = row.take(place, axis=dimension)
+    return row
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def is_intact(entry: bytes) -> bool:
+    """Return whether an entry is as it was written."""
+    return len(entry) > _HEAD.size and zlib.crc32(memoryview(entry)[_HEAD.size :]) == _HEAD.unpack_from(entry)[0]
+
+
+def unpack(items: Sequence[Item], entries: Sequence[bytes], places: Sequence[Place], length: int) -> dict[str, Tensor]:
+    """Return the tensors of the rows, by name, zero at the padding.
+
+    Args:
+        items: what is stored.
+        entries: the bytes of each row.
+        places: the positions of each row.
+        length: positions of the batch.
+
+    Raises:
+        ValueError: if an entry does not have the size that its items need.
+    """
+    offsets = [_HEAD.size + len(items)] * len(entries)
+    lengths = [_HEAD.unpack_from(entry)[1] for entry in entries]
+    tensors = {}
+    for number, item in enumerate(items):
+        codes = [DTYPES[entry[_HEAD.size + number]] for entry in entries]
+        by_code = {}
+        for code in dict.fromkeys(codes):
+            rows = [row for row, own in enumerate(codes) if own == code]
+            by_code[code] = rows, _read(item, code, rows, entries, offsets, lengths, places, length)
+        if len(by_code) == 1:
+            (tensors[item.name],) = (value for _, value in by_code.values())
+            continue
+        whole = torch.zeros((len(entries), *item.row_shape(length)), dtype=getattr(torch, item.dtype))
+        for rows, value in by_code.values():
+            whole[rows] = value
+        tensors[item.name] = whole
+    if any(offset != len(entry) for offset, entry in zip(offsets, entries, strict=True)):
+        raise ValueError("an entry does not have the size that its items need")
+    return tensors
+
+
+def _read(
+    item: Item,
+    code: str,
+    rows: Sequence[int],
+    entries: Sequence[bytes],
+    offsets: list[int],
+    lengths: Sequence[int],
+    places: Sequence[Place],
+    length: int,
+) -> Tensor:
+    """Return one item of some rows, and move on their offsets."""
+    full = all(lengths[row] == length for row in rows) or 0 not in item.shape
+    arrays: list[Tensor] = []
+    for part in parts_of(item, code):
+        leading = item.shape[:-1] if item.shape else ()
+        shape = (*leading, *([] if part.last is None else [part.last]))
+        padded = [length if size == 0 else size for size in shape]
+        target = (torch.empty if full else torch.zeros)((len(rows), *padded), dtype=part.torch)
+        view = (target.view(torch.int16) if part.torch == torch.bfloat16 else target).numpy()
+        for index, row in enumerate(rows):
+            own = [lengths[row] if size == 0 else size for size in shape]
+            count = math.prod(own)
+            values = np.frombuffer(entries[row], part.numpy, count, offsets[row]).reshape(own)
+            offsets[row] += values.nbytes
+            _put(view[index, ...], values, shape, places[row])
+        arrays.append(target)
+    return _decode(item, code, arrays, length)
+
+
+def _put(target: Array, values: Array, shape: Sequence[int], place: Place) -> None:
+    if 0 not in shape:
+        target[...] = values
+    elif isinstance(place, slice):
+        target[tuple(place if size == 0 else slice(None) for size in shape)] = values
+    else:
+        target[np.ix_(*(place if size == 0 else np.arange(size) for size in shape))] = values
+
+
+def _decode(item: Item, code: str, arrays: list[Tensor], length: int) -> Tensor:
+    """Return an item of its arrays, in the type it came in."""
+    dtype = getattr(torch, item.dtype)
+    if item.top_k:
+        *inner, places, level = arrays
+        values = _decode(Item(item.name, item.dtype, (item.top_k,)), code, inner, length)
+        logits = level.to(dtype).unsqueeze(-1).expand(*level.shape, item.shape[-1])
+        return logits.scatter(-1, places.long(), values)
+    if item.is_float and code == "int8":
+        return (arrays[0].float() * arrays[1].unsqueeze(-1)).to(dtype)
+    return arrays[0].to(dtype)
+
+
+def bytes_of(item: Item, dtype: str, length: float) -> float:
+    """Return the bytes of an item in a row of so many positions."""
+    total = 0.0
+    for part in parts_of(item, dtype):
+        shape = (*(item.shape[:-1] if item.shape else ()), *([] if part.last is None else [part.last]))
+        total += math.prod(length if size == 0 else size for size in shape) * np.dtype(part.numpy).itemsize
+    return total

@@ -1,0 +1,90 @@
+"""What a teacher is: its structure and weights, and the function that reads its outputs, each as a short hash."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+# Settings that change nothing in logits and features: where a model came from, the names of its labels, and how its own
+# loss is computed, which transformers notes in the configuration during the first forward pass with labels.
+_NO_MATTER = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def of_model(model: nn.Module) -> str:
+    """Return a hash of a model's structure, configuration and weights."""
+    digest = blake2b(digest_size=16)
+    digest.update(f"{type(model).__module__}.{type(model).__qualname__}".encode())
+    digest.update(_ADDRESS.sub("", repr(model)).encode())
+    config = getattr(model, "config", None)
+    if config is not None:
+        settings = config.to_dict() if hasattr(config, "to_dict") else config
+        if isinstance(settings, Mapping):
+            settings = {str(name): value for name, value in settings.items() if name not in _NO_MATTER}
+        digest.update(_ADDRESS.sub("", json.dumps(settings, sort_keys=True, default=repr)).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):
+            digest.update(f"{name}={value!r};".encode())
+            continue
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        flat = value.detach().reshape(-1).cpu().contiguous()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def of_function(function: Any) -> str:
+    """Return a hash of what a function does: its code, defaults and the plain values that it closes over."""
+    digest = blake2b(digest_size=8)
+    _add(digest, function, depth=0)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any, depth: int) -> None:
+    if isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *sorted(value.keywords.items())):
+            _add(digest, part, depth + 1)
+        return
+    code = getattr(value, "__code__", None)
+    if code is None and not isinstance(value, type) and callable(value) and depth < 4:
+        # An object with __call__, or a bound method: its class's code and its plain attributes.
+        digest.update(f"{type(value).__module__}.{type(value).__qualname__};".encode())
+        _add(digest, getattr(type(value).__call__, "__code__", None), depth + 1)
+        _add(digest, getattr(value, "__dict__", None), depth + 1)
+    elif code is not None and depth < 4:
+        _add(digest, code, depth + 1)
+        for part in (value.__defaults__, value.__kwdefaults__):
+            _add(digest, part, depth + 1)
+        for cell in value.__closure__ or ():
+            _add(digest, cell.cell_contents, depth + 1)
+    elif hasattr(value, "co_code"):
+        digest.update(value.co_code)
+        digest.update(repr(value.co_names).encode())
+        for constant in value.co_consts:
+            _add(digest, constant, depth + 1)
+    elif isinstance(value, (str, int, float, bool, bytes, type(None))):
+        digest.update(f"{value!r};".encode())
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _add(digest, item, depth + 1)
+    elif isinstance(value, Mapping):
+        for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
+            digest.update(f"{name};".encode())
+            _add(digest, item, depth + 1)
+    else:
+        digest.update(f"{type(value).__module__}.{type(value).__qualname__};".encode())
