@@ -111,7 +111,7 @@ def distil(teacher: Any, data: dict[str, Any], storage: str, seed: int, options:
             training_config(folder), learn, copy.deepcopy(teacher), student, "auto", "auto", **given
         )
         start = time.perf_counter()
-        with distiller:
+        with distiller, headline.quiet():
             distiller.train(**arguments(student, "student", data, options.epochs, seed))
         seconds = time.perf_counter() - start
     measured = {**quickstart_report.evaluate(student, data["held_out"]), "seconds": seconds}

@@ -118,7 +118,8 @@ def measure(loaded: Loaded, dtype: str, precision: str) -> Clock:
         clock = Clock(loaded.job.steps, cuda, cache)
         optimizer.register_step_post_hook(lambda *_: clock.stepped())
         made = headline.distiller(textbrewer, loaded, student, Path(folder) / "out", precision, cache)
-        made.train(optimizer, headline.Loader(loaded.batches), num_epochs=EPOCHS)
+        with headline.quiet():
+            made.train(optimizer, headline.Loader(loaded.batches), num_epochs=EPOCHS)
         workers.close(cache)
     return clock
 

@@ -17,7 +17,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,9 @@ def teacher_tensors(job: Job, teacher: nn.Module, batch: Batch) -> dict[str, Any
     with torch.no_grad():
         outputs = teacher(**batch)
         states = [outputs.hidden_states[layer_T].float() for layer_T, _ in job.layers]
-        products = [product(state) for state in states] if job.products else []
+        # As the losses, in float32 also where the caller has autocast on.
+        with torch.autocast(torch.device(job.device).type, enabled=False):
+            products = [product(state) for state in states] if job.products else []
     return {"logits": outputs.logits.float(), "states": states, "products": products}
 
 
@@ -477,6 +479,11 @@ def parser(description: str | None, shapes: bool = True, steps: int = 12) -> arg
 def chosen(options: argparse.Namespace) -> list[str]:
     """Return the shapes that the command line asks for."""
     return list(SHAPES) if options.shape == "all" else [options.shape]
+
+
+def quiet() -> AbstractContextManager[Any]:
+    """Send what a library prints to stderr, out of the report."""
+    return redirect_stdout(sys.stderr)
 
 
 def print_header(threads: int, **more: Any) -> None:

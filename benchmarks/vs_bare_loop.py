@@ -146,7 +146,8 @@ class ByLibrary:
             cache = headline.make_cache(textbrewer, self.folder / "cache", self.dtype)
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
             made = headline.distiller(textbrewer, self.loaded, student, out, self.precision, cache)
-            made.train(optimizer, headline.Loader(self.loaded.batches), num_epochs=epochs)
+            with headline.quiet():
+                made.train(optimizer, headline.Loader(self.loaded.batches), num_epochs=epochs)
         self.waited = workers.waited_so_far(cache)
         workers.close(cache)
         return headline.projections_of(optimizer)

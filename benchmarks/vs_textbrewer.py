@@ -342,7 +342,8 @@ def weights_check(worker: Worker, job: Job, options: argparse.Namespace) -> list
         if limit is not None and not answer["apart"] < limit:
             problems.append(f"{job.shape}: weights with a {dtype} cache move {answer['apart']:.1e} otherwise")
     print(f"\nThe student's movement in 2 epochs of {steps} steps, with a cache against without:\n")
-    print(headline.markdown(["storage", "|| difference || / || movement ||", "largest / largest"], rows), flush=True)
+    header = ["storage", "difference / movement, norms", "largest difference / largest movement"]
+    print(headline.markdown(header, rows), flush=True)
     return problems
 
 

@@ -188,6 +188,19 @@ def test_switches(name, value):
         ({"log_dir": 3}, TypeError, "log_dir must be a path, got 3"),
         ({"local_rank": -2}, ValueError, "local_rank must be at least -1, got -2"),
         ({"local_rank": 0, "data_parallel": True}, ValueError, "data_parallel and local_rank exclude each other"),
+        ({"teacher_precision": "int4"}, ValueError, "^teacher_precision .*got 'int4'; .*known: no, bf16, fp16, int8"),
+        ({"teacher_precision": True}, ValueError, "^teacher_precision .*got True"),
+        ({"teacher_precision": "bf16", "precision": "apex"}, ValueError, "teacher_precision is not for .*'apex'"),
+        ({"compile": "both"}, ValueError, "^compile must be True, False, 'teacher' or 'student', got 'both'"),
+        ({"compile": 1}, ValueError, "^compile must be True, False, 'teacher' or 'student', got 1"),
+        (
+            {"compile": True, "data_parallel": True},
+            ValueError,
+            "compile and data_parallel exclude each other: .*torchrun",
+        ),
+        ({"compile": True, "teacher_precision": "int8"}, ValueError, "compile=True cannot .*; use compile='student'"),
+        ({"compile": "teacher", "teacher_precision": "int8"}, ValueError, "compile='teacher' cannot compile a teacher"),
+        ({"stack_matches": "yes"}, TypeError, "^stack_matches must be True, False or None, got 'yes'"),
     ],
 )
 def test_bad_training_settings(settings, error, message):
@@ -208,6 +221,16 @@ def test_fp16_is_a_precision():
     assert TrainingConfig(fp16=True).precision == "fp16"
     assert TrainingConfig(fp16=True, precision="apex").precision == "apex"
     assert TrainingConfig().precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sides"),
+    [(False, set()), (True, {"teacher", "student"}), ("teacher", {"teacher"}), ("student", {"student"})],
+)
+def test_what_compile_asks_for(wanted, sides):
+    config = TrainingConfig(compile=wanted)
+    assert {side for side in ("teacher", "student") if config.compiles(side)} == sides
+    assert TrainingConfig.from_dict(config.to_dict()).compile is wanted
 
 
 def test_making_a_config_makes_no_folder(tmp_path):

@@ -140,6 +140,18 @@ def test_caching_runs_the_teacher_once(tmp_path):
     assert min(plain[2], cached[2]) > 90
 
 
+def test_teacher_cache_finds_every_row_again(tmp_path):
+    """256 rows, 4 epochs, twice, and 16 rows looked at beforehand: all but the first look-up of each row find it.
+
+    Of the rows looked at beforehand, the second look-up finds it, so 256 are missing.
+    """
+    done = _run(EXAMPLES / "by_feature" / "teacher_cache.py", cwd=tmp_path)
+    ((rows, _, found, lookups),) = _numbers("': # rows, # MB; found #% of # look-ups", done.stdout.replace("2,0", "20"))
+    assert (rows, lookups) == (256, 2064)
+    assert found == pytest.approx(100 * (1 - 256 / 2064), abs=0.06)
+    assert len(_numbers("[a-z]: +# s", done.stdout)) == 4
+
+
 @pytest.mark.distributed
 def test_two_processes_do_as_one_with_twice_the_batch(tmp_path):
     script = EXAMPLES / "by_feature" / "distributed.py"

@@ -330,19 +330,33 @@ def test_students_are_the_same(tmp_path, config, expected):
     assert not torch.equal(short, weights(make_student()))
 
 
-def test_custom_matches_are_heard(tmp_path):
+@pytest.mark.parametrize("matches", [[match()], []])
+@pytest.mark.parametrize(("module", "expected"), [("layers.4", 5), ("layers.0", 1), ("embedding", None)])
+def test_custom_matches_are_heard(tmp_path, matches, module, expected):
     """A custom match on a deep module keeps the teacher running as far; one on an early module does not."""
-    for module, expected in (("layers.4", [5] * 6), ("layers.0", [5, 5, 1, 1, 1, 1])):
-        teacher = Encoder(layers=5, width=32, seed=1)
-        calls = watched(teacher)
-        config = {"kd_loss_weight": 0, "hard_label_weight": 0, "intermediate_matches": [match()]}
-        setup = Setup(tmp_path / module, teachers=[teacher], config=config)
-        old, custom = setup.distiller, [CustomMatch(module, "layers.0", 1.0, "hidden_mse")]
-        setup.distiller = type(old)(
-            old.t_config, old.d_config, teacher, setup.student, adaptor, adaptor, custom_matches=custom
-        )
-        setup.train()
-        assert [calls[0], calls[-1]] == [expected[0], expected[-1]]
+    teacher = Encoder(layers=5, width=32, seed=1)
+    calls, seen = watched(teacher), []
+    config = {"kd_loss_weight": 0, "hard_label_weight": 0, "intermediate_matches": matches}
+    setup = Setup(tmp_path, teachers=[teacher], config=config)
+
+    def loss(output_S, output_T, mask_S, mask_T):
+        seen.append(output_T)
+        return (output_S - output_T).square().mean()
+
+    old, custom = setup.distiller, [CustomMatch(module, "layers.0", 1.0, loss)]
+    setup.distiller = type(old)(
+        old.t_config, old.d_config, teacher, setup.student, adaptor, adaptor, custom_matches=custom
+    )
+    setup.train()
+    assert calls[0] == 5
+    assert calls[-1] == (len(matches) if expected is None else expected)
+    captured = []
+    teacher.get_submodule(module).register_forward_hook(
+        lambda _, inputs, output: captured.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        teacher.eval()(**batches()[5])
+    torch.testing.assert_close(seen[5], captured[0])
 
 
 def test_several_teachers_share_one_batch_on_the_device(tmp_path, monkeypatch):

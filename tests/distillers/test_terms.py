@@ -1,9 +1,20 @@
 """The parts of the loss: pure functions from views to terms."""
 
+import types
+import weakref
+
 import pytest
 import torch
 
-from textbrewer import KD_LOSS_MAP, MATCH_LOSS_MAP, CustomMatch, IntermediateMatch
+from tests.conftest import Encoder, adaptor, make_config, make_loader
+from textbrewer import (
+    KD_LOSS_MAP,
+    MATCH_LOSS_MAP,
+    CustomMatch,
+    DistillationConfig,
+    GeneralDistiller,
+    IntermediateMatch,
+)
 from textbrewer.adaptors import Views
 from textbrewer.distillers import terms
 from textbrewer.losses import averaged_over
@@ -208,3 +219,213 @@ def test_a_loss_of_the_user_s_tells_what_it_averages_over():
         assert term.averaged_over == "positions"
     finally:
         del MATCH_LOSS_MAP["mine"]
+
+
+# ---- weight 0 ----------------------------------------------------------------------------------------------------
+
+
+def test_terms_without_weight_cost_no_gradient():
+    idle, counted = (torch.tensor(value, requires_grad=True) for value in (2.0, 3.0))
+    parts = [terms.Term("idle", idle * 5, 0.0, None), terms.Term("counted", counted * 7, 2.0, "rows")]
+    for share, factor in ((None, 1.0), ({"rows": torch.tensor(0.5)}, 0.5)):
+        # What "idle" averages over is not known; but without a weight it needs no share.
+        loss, logs = terms.total(parts, terms.Now(1, 1, share))
+        assert loss.item() == 3 * 7 * 2 * factor
+        found = torch.autograd.grad(loss, [idle, counted], allow_unused=True, retain_graph=True)
+        assert found == (None, torch.tensor(14.0 * factor))
+        assert {name: value.item() for name, value in logs.items()} == {"unweighted_idle": 10, "unweighted_counted": 21}
+        assert not logs["unweighted_idle"].requires_grad
+
+
+def test_without_any_weight_the_loss_has_a_graph():
+    value = torch.tensor(2.0, requires_grad=True)
+    loss, logs = terms.total([terms.Term("a", value * 3, 0.0, "rows")], NOW)
+    assert torch.autograd.grad(loss, value)[0] == 0
+    assert logs["unweighted_a"].item() == 6
+
+
+@pytest.mark.parametrize(
+    ("keys", "now", "weights", "expected"),
+    [
+        (("logits",), (1, 0), (), True),
+        (("logits", "losses"), (0, 0), (), False),
+        (("losses",), (1, 0), (), False),
+        (("losses",), (0, 0.5), (), True),
+        (("logits",), (0, 0.5), (), False),
+        ((), (0, 0), (0, 2), True),
+        ((), (1, 1), (0, 0), False),
+    ],
+)
+def test_some_weight(keys, now, weights, expected):
+    views = Views({key: [torch.ones(2, 2)] for key in keys})
+    plan = plan_matches([match(weight=weight) for weight in weights])
+    custom = [CustomMatch("a", "b", weight, "hidden_mse") for weight in weights]
+    for matches in ((plan, []), ([], custom)):
+        assert terms.some_weight(views, *matches, terms.Now(*now)) is expected
+
+
+class Counted:
+    """A loss that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, student, teacher, *others, **options):
+        self.calls += 1
+        return (student - teacher).square().mean()
+
+
+@pytest.fixture
+def losses():
+    """A KD loss, two match losses and a custom one that count."""
+    found = [Counted() for _ in range(4)]
+    KD_LOSS_MAP["counted"], MATCH_LOSS_MAP["first"], MATCH_LOSS_MAP["second"] = found[:3]
+    yield found
+    del KD_LOSS_MAP["counted"], MATCH_LOSS_MAP["first"], MATCH_LOSS_MAP["second"]
+
+
+def weighted(folder, losses, kd, first, second, custom, hard, **config):
+    """Train three steps; return how often each loss was called, and the logged names of each step."""
+    teacher, student = Encoder(layers=2, width=32, seed=1), Encoder(layers=2, width=32, seed=2)
+    matches = [
+        {"layer_T": 1, "layer_S": 1, "feature": "hidden", "loss": name, "weight": weight}
+        for name, weight in (("first", first), ("second", second))
+    ]
+    settings = DistillationConfig(
+        kd_loss_type="counted", kd_loss_weight=kd, hard_label_weight=hard, intermediate_matches=matches, **config
+    )
+    distiller = GeneralDistiller(
+        make_config(folder), settings, teacher, student, adaptor, adaptor,
+        custom_matches=[CustomMatch("layers.0", "layers.0", custom, losses[3])],
+    )  # fmt: skip
+    names, compute = [], distiller.compute_loss
+
+    def watched(results_S, results_T):
+        total, logs = compute(results_S, results_T)
+        names.append({name.removeprefix("unweighted_") for name in logs})
+        return total, logs
+
+    distiller.compute_loss = watched
+    distiller.train(torch.optim.SGD(student.parameters(), 0.01), list(make_loader(12)), num_steps=3)
+    return [loss.calls for loss in losses], names
+
+
+NAMES = ["kd_loss", "hidden_first_1_1", "hidden_second_1_1", "custom_match_0"]
+
+
+@pytest.mark.parametrize(
+    "weights", [(1, 1, 1, 1, 1), (0, 1, 0, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 2, 1), (0, 0, 0, 0, 1), (0, 0, 1, 1, 0)]
+)
+def test_no_work_for_terms_of_weight_0(tmp_path, losses, weights):
+    calls, names = weighted(tmp_path, losses, *weights)
+    assert calls == [3 if weight else 0 for weight in weights[:4]]
+    expected = {name for name, weight in zip(NAMES, weights[:4], strict=True) if weight}
+    assert names == [expected | {"hard_label_loss"}] * 3
+
+
+def test_where_nothing_has_a_weight_all_is_computed(tmp_path, losses):
+    """A schedule at its end or beginning may leave nothing; the step is then one of loss 0."""
+    calls, names = weighted(tmp_path, losses, 1, 0, 0, 0, 0, kd_loss_weight_scheduler="linear_growth")
+    assert calls == [3, 1, 1, 1]
+    assert names == [{*NAMES, "hard_label_loss"}, *[{"kd_loss", "hard_label_loss"}] * 2]
+
+
+def test_a_schedule_switches_terms_on_and_off(tmp_path, losses):
+    calls, names = weighted(tmp_path, losses, 1, 0, 1, 0, 0, kd_loss_weight_scheduler="linear_growth")
+    assert calls == [2, 0, 3, 0]
+    assert [NAMES[0] in found for found in names] == [False, True, True]
+
+
+def test_processes_that_must_give_every_parameter_a_gradient_skip_nothing(tmp_path, losses, monkeypatch):
+    """``find_unused_parameters=False`` with several processes: torch waits for the gradient of each parameter."""
+    monkeypatch.setattr(GeneralDistiller, "_may_skip", lambda self: False)
+    assert weighted(tmp_path, losses, 0, 1, 0, 0, 0)[0] == [3] * 4
+
+
+@pytest.mark.parametrize(("world", "find", "expected"), [(1, False, True), (2, True, True), (2, False, False)])
+def test_may_skip(tmp_path, world, find, expected):
+    teacher, student = Encoder(seed=1), Encoder(seed=2)
+    config = make_config(tmp_path, find_unused_parameters=find)
+    distiller = GeneralDistiller(config, DistillationConfig(), teacher, student, adaptor, adaptor)
+    distiller._runtime = types.SimpleNamespace(world=world)
+    assert distiller._may_skip() is expected
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+class Mark:
+    """Lives as long as the graph that it is in."""
+
+
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, mark):
+        ctx.mark = mark
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize("options", [{}, {"stack_matches": True}, {"gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("watched", [False, True])
+def test_nothing_of_a_step_outlives_it(tmp_path, options, watched):
+    """When the teacher has run for the next batch, no tensor of the step before is left, nor of its graph."""
+    alive, counts = [], []
+
+    def remember(results):
+        for value in results.values():
+            for tensor in value if isinstance(value, list) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    alive.append(weakref.ref(tensor))
+
+    def teacher_adaptor(batch, outputs):
+        counts.append(sum(reference() is not None for reference in alive))
+        alive.clear()
+        views = adaptor(batch, outputs)
+        remember({key: views[key] for key in ("logits", "hidden", "attention")})
+        return views
+
+    def student_adaptor(batch, outputs):
+        views = adaptor(batch, outputs)
+        mark = Mark()
+        alive.append(weakref.ref(mark))
+        views["hidden"] = [*views["hidden"][:-1], Marked.apply(views["hidden"][-1], mark)]
+        remember({key: views[key] for key in ("logits", "hidden", "attention", "losses")})
+        return views
+
+    class Watched(GeneralDistiller):
+        def compute_loss(self, results_S, results_T):
+            total, logs = super().compute_loss(results_S, results_T)
+            remember({"total": total, **logs})
+            return total, logs
+
+    teacher, student = Encoder(layers=2, width=32, seed=1), Encoder(layers=2, width=32, seed=2)
+    matches = [
+        {"layer_T": number, "layer_S": number, "feature": "hidden", "loss": "cos", "weight": 1} for number in (1, 2)
+    ]
+    settings = DistillationConfig(hard_label_weight=1, intermediate_matches=matches)
+    kind = Watched if watched else GeneralDistiller
+    config = make_config(tmp_path, **options)
+    distiller = kind(config, settings, teacher, student, teacher_adaptor, student_adaptor)
+    distiller.train(torch.optim.SGD(student.parameters(), 0.01), list(make_loader(12)), num_steps=3)
+    assert len(counts) >= 3
+    assert counts == [0] * len(counts)
+
+
+def test_layers_that_no_loss_reads_are_let_go_before_the_student_runs(tmp_path):
+    teacher, student = Encoder(layers=4, width=32, seed=1), Encoder(layers=2, width=32, seed=2)
+    layers, alive = [], []
+
+    def teacher_adaptor(batch, outputs):
+        layers[:] = [weakref.ref(state) for state in outputs["hidden"]]
+        return adaptor(batch, outputs)
+
+    student.register_forward_pre_hook(lambda *_: alive.append([layer() is not None for layer in layers]))
+    matches = [{"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse", "weight": 1}]
+    settings = DistillationConfig(intermediate_matches=matches)
+    distiller = GeneralDistiller(make_config(tmp_path), settings, teacher, student, teacher_adaptor, adaptor)
+    distiller.train(torch.optim.SGD(student.parameters(), 0.01), list(make_loader(12)), num_steps=3)
+    assert alive == [[True] * 5, *[[False, False, True, False, False]] * 2]

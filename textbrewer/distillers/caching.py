@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from textbrewer.adaptors import Views
 from textbrewer.engine import LoaderBatches, generators_of, rng
-from textbrewer.matching import PlannedMatch
+from textbrewer.teacher_cache import Contents
 
 
 @dataclass(frozen=True)
@@ -112,33 +112,25 @@ class CachedBatches(LoaderBatches):
         self.order = order
 
 
-def needed(views: Views, plan: Sequence[PlannedMatch], everything: bool) -> Views:
+def kept(views: Views, contents: Contents) -> Views:
     """Return the part of a teacher's views that the losses read, on the CPU.
 
     Args:
         views: a teacher's views.
-        plan: the matches with this teacher.
-        everything: keep all that the adaptor returned, for a ``compute_loss`` of the user's own.
+        contents: what the losses read of them.
     """
-    layers: dict[str, set[int]] = {}
-    for planned in plan:
-        wanted = planned.match.layer_T
-        layers.setdefault(planned.match.feature, set()).update(wanted if isinstance(wanted, list) else [wanted])
-    kept: dict[str, Any] = {}
-    for key, value in views.items():
-        if everything or key in ("logits", "logits_mask", "inputs_mask"):
-            kept[key] = to_cpu(value)
-        elif key in layers:
-            count = len(value)
-            numbers = {layer % count for layer in layers[key] if -count <= layer < count}
-            kept[key] = [to_cpu(item) if number in numbers else None for number, item in enumerate(value)]
-    return Views(kept, captured={number: to_cpu(item) for number, item in views.captured.items()})
+    if contents.everything:
+        entries = {key: to_cpu(value) for key, value in views.items()}
+        return Views(entries, captured={number: to_cpu(item) for number, item in views.captured.items()})
+    return contents.views(to_cpu(contents.tensors(views)), contents.counts(views))
 
 
 def to_cpu(value: Any) -> Any:
-    """Return tensors, also within lists, detached on the CPU."""
+    """Return tensors, also within dicts and lists, detached on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu")
+    if isinstance(value, dict):
+        return {name: to_cpu(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_cpu(item) for item in value]
     return value

@@ -15,7 +15,7 @@ from textbrewer.adaptors import Adaptor, Views
 from textbrewer.distillers import first_step
 from textbrewer.distillers.batch_parts import split
 from textbrewer.distillers.cached_teacher import CachedTeacher
-from textbrewer.distillers.caching import Remembered, needed
+from textbrewer.distillers.caching import Remembered, kept
 from textbrewer.distillers.compiling import compiled, paused
 from textbrewer.distillers.quantized import Int8Layers
 from textbrewer.distillers.student import call
@@ -23,7 +23,7 @@ from textbrewer.distillers.teacher_forward import Needs, TeacherForward
 from textbrewer.engine import Runtime
 from textbrewer.matching import PlannedMatch
 from textbrewer.matching.custom import recording
-from textbrewer.teacher_cache import Found
+from textbrewer.teacher_cache import Contents, Found
 
 NO_TEACHER = "model_T must be a torch module, got None; only with a teacher_cache that has every row it can be left out"
 
@@ -51,6 +51,7 @@ class Teachers:
         self.plan, self.custom_modules = list(plan), list(custom_modules)
         self.features = {planned.match.feature for planned in plan}
         self.cached: dict[str, list[CachedTeacher]] = {}
+        self._contents: dict[str, list[Contents]] = {}
         self._forwards: dict[tuple[str, int], TeacherForward] = {}
         self._int8: dict[int, Int8Layers] = {}
 
@@ -79,7 +80,7 @@ class Teachers:
             with compiled(distinct, "teacher") if runtime.config.compiles("teacher") else nullcontext():
                 yield
         finally:
-            self._forwards, self._int8 = {}, {}
+            self._forwards, self._int8, self._contents = {}, {}, {}
 
     def narrow(self, task: str, number: int, needs: Needs | None) -> None:
         """Say what is needed of a teacher from now on: it then runs no further than for that.
@@ -186,7 +187,11 @@ class Teachers:
         """
         teacher_batch, _, stored = split(batch)
         views = self.views(runtime, task, teacher_batch, model_args, stored)
-        plans = [[item for item in self.plan if item.match.teacher == number] for number in range(len(views))]
-        return Remembered(
-            batch, [needed(results, plan, everything) for results, plan in zip(views, plans, strict=True)]
-        )
+        if task not in self._contents:
+            self._contents[task] = [self._memory(number, item, everything) for number, item in enumerate(views)]
+        return Remembered(batch, [kept(*pair) for pair in zip(views, self._contents[task], strict=True)])
+
+    def _memory(self, number: int, views: Views, everything: bool) -> Contents:
+        """Return what to keep in memory of a teacher's views, by those of a first batch."""
+        matches = [(item.number, item.match) for item in self.plan if item.match.teacher == number]
+        return Contents(matches, everything).settle(views, masks_agree=False)

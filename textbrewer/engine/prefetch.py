@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from textbrewer.engine import rng
 from textbrewer.engine.batches import LoaderBatches, PostProcessor
+from textbrewer.engine.loaders import generators_of
 
 
 class PreparedBatches(LoaderBatches):
@@ -21,7 +23,8 @@ class PreparedBatches(LoaderBatches):
         loader: any iterable of batches that can be iterated again and again.
         postprocess: applied to each batch in the main thread; may be ``None``.
         name: the loader's name, for messages.
-        prepare: ``prepare(batch, epoch)`` gives what is handed on; called in the thread.
+        prepare: ``prepare(batch, passes)`` gives what is handed on; called in the thread. ``passes`` is how many passes
+            were begun here before this one: a resumed run's rest of a pass is none.
         waited: told the seconds that a step waited for its batch's preparation.
     """
 
@@ -36,12 +39,28 @@ class PreparedBatches(LoaderBatches):
         super().__init__(loader, None, name)
         self._before, self._prepare, self._waited = postprocess, prepare, waited
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare-batch")
+        self._passes, self._begun = 0, 0
+        # The random numbers before the batch read last, which no step has had yet.
+        self._before_ahead: rng.State | None = None
 
     def _begin(self, skipping: int = 0) -> Iterator[Any]:
-        return self._ahead(super()._begin(skipping))
+        self._passes = self._begun
+        self._begun += skipping == 0
+        batches = super()._begin(skipping)
+        if skipping and self._before_ahead is not None:
+            rng.put(self._before_ahead, generators_of(self.loader))
+        return self._ahead(batches, self._submit(batches))
 
-    def _ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
-        coming = self._submit(batches)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the data, with the random numbers that the batch read ahead was drawn with."""
+        return {**super().state_dict(), "before_ahead": self._before_ahead if self.taken else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the place, and read the next batch ahead as it was read then."""
+        self._before_ahead = state.get("before_ahead")
+        super().load_state_dict(state)
+
+    def _ahead(self, batches: Iterator[Any], coming: Future[Any] | None) -> Iterator[Any]:
         while coming is not None:
             ready = coming
             coming = self._submit(batches)
@@ -53,13 +72,14 @@ class PreparedBatches(LoaderBatches):
 
     def _submit(self, batches: Iterator[Any]) -> Future[Any] | None:
         """Read the next batch and hand it to the thread; ``None`` at the end of the pass."""
+        self._before_ahead = rng.take(generators_of(self.loader))
         try:
             batch = next(batches)
         except StopIteration:
             return None
         if self._before is not None:
             batch = self._before(batch)
-        return self._thread.submit(self._prepare, batch, self.epoch)
+        return self._thread.submit(self._prepare, batch, self._passes)
 
     def close(self) -> None:
         """Finish the thread."""

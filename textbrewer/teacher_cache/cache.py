@@ -210,7 +210,7 @@ class TeacherCache:
             return
         if self.room() < sum(len(value) for value in entries.values()):
             limit = "max_bytes is reached" if self.max_bytes is not None else "the disk has less than 1 GB left"
-            self._stop(limit, quietly)
+            self.stop(limit, quietly)
             return
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
@@ -225,9 +225,10 @@ class TeacherCache:
         try:
             writing.result()
         except OSError as error:
-            self._stop(str(error), self._quiet)
+            self.stop(str(error), self._quiet)
 
-    def _stop(self, reason: str, quietly: bool) -> None:
+    def stop(self, reason: str, quietly: bool = False) -> None:
+        """Write nothing more, and say why unless that is no news."""
         self.stopped = reason
         if not quietly:
             checks.warn(

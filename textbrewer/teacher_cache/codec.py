@@ -101,7 +101,7 @@ def pack(items: Sequence[Item], tensors: Mapping[str, Tensor], dtype: str, place
     columns: list[tuple[Item, list[Array], list[Part]]] = []
     codes = b""
     for item in items:
-        code, arrays = _encode(item, tensors[item.name].detach(), dtype)
+        code, arrays = _encode(item, tensors[item.name].detach(), dtype, places)
         codes += bytes([DTYPES.index(code)])
         columns.append((item, arrays, parts_of(item, code)))
     rows = []
@@ -115,22 +115,41 @@ def pack(items: Sequence[Item], tensors: Mapping[str, Tensor], dtype: str, place
     return rows
 
 
-def _encode(item: Item, tensor: Tensor, dtype: str) -> tuple[str, list[Array]]:
+def _encode(item: Item, tensor: Tensor, dtype: str, places: Sequence[Place]) -> tuple[str, list[Array]]:
     """Return the storage type used, and the arrays of an item."""
     if item.top_k:
-        values, places, tail = top_logits(tensor, item.top_k, item.temperature)
-        code, arrays = _encode(Item(item.name, item.dtype, (item.top_k,)), values, dtype)
-        return code, [*arrays, places.int().cpu().numpy(), tail.float().cpu().numpy()]
+        values, classes, tail = top_logits(tensor, item.top_k, item.temperature)
+        inner = Item(item.name, item.dtype, (*item.shape[:-1], item.top_k))
+        code, arrays = _encode(inner, values, dtype, places)
+        return code, [*arrays, classes.int().cpu().numpy(), tail.float().cpu().numpy()]
     if not item.is_float:
         kind = torch.uint8 if tensor.dtype == torch.bool else torch.int64
         return "float32", [tensor.to(kind).cpu().numpy()]
-    if not _fits(tensor, dtype):
+    fits = _fits(tensor, dtype)
+    # What stands at the padding must change neither the type nor the scale of what is stored.
+    if 0 in item.shape and (not fits or (dtype == "int8" and item.shape[-1] == 0)):
+        tensor = _cleared(item, tensor, places)
+        fits = fits or _fits(tensor, dtype)
+    if not fits:
         dtype = "float32"
     if dtype == "int8":
         numbers, scale = quantise(tensor)
         return dtype, [numbers.cpu().numpy(), scale.cpu().numpy()]
     stored = tensor.to(getattr(torch, dtype)).cpu()
     return dtype, [(stored.view(torch.int16) if dtype == "bfloat16" else stored).numpy()]
+
+
+def _cleared(item: Item, tensor: Tensor, places: Sequence[Place]) -> Tensor:
+    """Return a tensor with zeros at the padding."""
+    length = tensor.shape[1 + item.shape.index(0)]
+    kept = torch.zeros(len(places), length, dtype=torch.bool)
+    for row, place in enumerate(places):
+        kept[row, place] = True
+    for number, size in enumerate(item.shape):
+        if size == 0:
+            mask = ~kept.reshape(len(places), *[1] * number, length, *[1] * (len(item.shape) - number - 1))
+            tensor = tensor.masked_fill(mask.to(tensor.device), 0.0)
+    return tensor
 
 
 def _fits(tensor: Tensor, dtype: str) -> bool:

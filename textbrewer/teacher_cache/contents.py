@@ -37,12 +37,21 @@ class Contents:
             return None
         return form_of(MATCH_LOSS_MAP[match.loss])
 
-    def settle(self, views: Views) -> Contents:
-        """Return contents in which forms that are hardly smaller than their layers give way to these."""
+    def settle(self, views: Views, masks_agree: bool = True) -> Contents:
+        """Return contents in which forms that are hardly smaller than their layers give way to these.
+
+        Args:
+            views: the teacher's views of a batch.
+            masks_agree: whether the student's ``inputs_mask`` is the teacher's; if not, forms that are made with the
+                mask give way too.
+        """
         whole = set(self.whole)
         for number, match in self.matches:
             form = self.form(number, match)
-            if form is None or match.feature not in views:
+            if form is None or match.feature not in views or not _all_there(views, match):
+                continue
+            if form.uses_mask and not masks_agree:
+                whole.add(number)
                 continue
             layers = {layer: views[match.feature][layer] for layer in layers_of(match)}
             reduced = form.reduce(_feature(views, match), views.get("inputs_mask"))

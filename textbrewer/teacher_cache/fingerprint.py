@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,9 +62,14 @@ def _add(digest: Any, value: Any, depth: int) -> None:
         for part in (value.func, *value.args, *sorted(value.keywords.items())):
             _add(digest, part, depth + 1)
         return
+    if inspect.ismethod(value):
+        _add(digest, value.__func__, depth + 1)
+        if not isinstance(value.__self__, type):
+            _add(digest, getattr(value.__self__, "__dict__", None), depth + 1)
+        return
     code = getattr(value, "__code__", None)
     if code is None and not isinstance(value, type) and callable(value) and depth < 4:
-        # An object with __call__, or a bound method: its class's code and its plain attributes.
+        # An object with __call__: its class's code and its plain attributes.
         digest.update(f"{type(value).__module__}.{type(value).__qualname__};".encode())
         _add(digest, getattr(type(value).__call__, "__code__", None), depth + 1)
         _add(digest, getattr(value, "__dict__", None), depth + 1)
@@ -82,6 +89,12 @@ def _add(digest: Any, value: Any, depth: int) -> None:
     elif isinstance(value, (tuple, list)):
         for item in value:
             _add(digest, item, depth + 1)
+    elif isinstance(value, (set, frozenset)):
+        _add(digest, sorted(map(repr, value)), depth + 1)
+    elif isinstance(value, (Tensor, np.ndarray)):
+        array = torch.as_tensor(value).detach().reshape(-1).cpu().contiguous()
+        digest.update(f"{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(array.view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
             digest.update(f"{name};".encode())

@@ -93,7 +93,8 @@ def rows_of(batch: Any, mask_name: str | None, keep_padding: bool) -> Rows:
     by_row: list[tuple[np.ndarray[Any, Any], bool]] = []
     for name, value in sorted(entries.items()):
         if not isinstance(value, Tensor):
-            common.update(f"{name}={value!r};".encode())
+            common.update(f"{name}=".encode())
+            _add_plain(common, value)
         elif value.dim() == 0 or len(value) != count:
             common.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
             common.update(_array(value).tobytes())
@@ -118,14 +119,37 @@ def _key(
     digest = common.copy()
     places: Any = slice(None)
     if kept is not None:
-        numbers = np.flatnonzero(kept[row])
-        places = numbers if len(numbers) and numbers[-1] + 1 != len(numbers) else slice(0, len(numbers))
+        places = np.flatnonzero(kept[row])
         # Where the kept positions lie: behind padding on the left a model without position_ids counts otherwise.
-        offset = numbers[0] if starts_anywhere and len(numbers) else 0
-        digest.update((numbers - offset).astype(np.int32).tobytes() if places is numbers else b"%d;" % len(numbers))
+        numbers = places - places[0] if starts_anywhere and len(places) else places
+        dense = len(numbers) == 0 or numbers[-1] + 1 == len(numbers)
+        digest.update(b"%d;" % len(numbers) if dense else numbers.astype(np.int32).tobytes())
+        if dense and numbers is places:
+            places = slice(0, len(numbers))
     for values, positional in by_row:
         digest.update((values[row][places] if positional else values[row]).tobytes())
     return bytes(digest.digest())
+
+
+def _add_plain(digest: Any, value: Any) -> None:
+    """Add an entry that is no tensor; the tensors and arrays within, whose ``repr`` is cut short, as their values."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(_array(value).tobytes())
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}:{value.shape};".encode())
+        digest.update(repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes())
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            digest.update(f"{name!r}:".encode())
+            _add_plain(digest, item)
+        digest.update(b"}")
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _add_plain(digest, item)
+        digest.update(b"]")
+    else:
+        digest.update(f"{value!r};".encode())
 
 
 def _array(value: Tensor) -> np.ndarray[Any, Any]:

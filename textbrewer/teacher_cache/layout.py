@@ -118,6 +118,14 @@ def masks_cover_padding(views_S: Views, views_T: Views, rows: Rows, contents: Co
     return True
 
 
+def same_mask(views_S: Views, views_T: Views) -> bool:
+    """Return whether both sides have the same ``inputs_mask``, or both have none."""
+    own, other = views_S.get("inputs_mask"), views_T.get("inputs_mask")
+    if own is None or other is None:
+        return own is None and other is None
+    return own.shape == other.shape and bool((own.cpu() == other.cpu()).all())
+
+
 def _within(mask: Tensor, kept: Tensor) -> bool:
     mask = mask.cpu() != 0
     return mask.shape == kept.shape and not bool((mask & ~kept).any())

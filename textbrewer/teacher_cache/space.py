@@ -142,7 +142,7 @@ class Space:
             views_S: the student's; ``None``: losses are taken to leave out the padding.
             rows: rows of the data set, ``None`` if unknown.
         """
-        contents = self.contents.settle(views_T)
+        contents = self.contents.settle(views_T, views_S is None or layout.same_mask(views_S, views_T))
         tensors = contents.tensors(views_T)
         batch_rows = rows_of(batch, self.cache.mask, keep_padding=False)
         padded = self.cache.keep_padding
@@ -160,7 +160,11 @@ class Space:
         if plan.recomputed or plan.share_of_rows < 1:
             self.name = f"{self.name}-{self.cache.max_bytes}"
         note = {"request": self.request, "layout": found.to_dict(), "role": self.role}
-        self._adopt(self.cache.store.describe(self.name, lambda: note) or note)
+        try:
+            self._adopt(self.cache.store.describe(self.name, lambda: note) or note)
+        except OSError as error:
+            self.cache.stop(str(error))
+            self._adopt(note)
         self.plan_line = self._in_words(plan)
 
     def _in_words(self, plan: StoragePlan) -> str:
@@ -272,7 +276,10 @@ class Space:
     def finish(self) -> None:
         """Note what the teacher costs, for runs that find every row."""
         if self._computed and self.layout is not None:
-            content = self.cache.store.describe(self.name) or {}
+            content = self.cache.store.describe(self.name)
+            if content is None:
+                # It could not be noted, and so no row was stored.
+                return
             try:
                 self.cache.store.note(self.name, {**content, "seconds_a_row": self._cost()})
             except OSError:

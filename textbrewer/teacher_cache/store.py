@@ -15,7 +15,7 @@ from textbrewer.teacher_cache.errors import CacheError
 
 FORMAT = 1
 _HEADER = b"textbrewer teacher cache"
-_SPACES = b"spaces"
+_SPACES = "spaces"
 _MOST_SPACES = 512
 # Of a disk's free space, a cache without a limit leaves this.
 _LEFT_FREE = 1 << 30
@@ -92,6 +92,12 @@ class Store:
             raise self._damaged("it is shorter than it says")
 
     def _damaged(self, reason: object) -> CacheError:
+        lmdb = self.lmdb
+        if isinstance(reason, (lmdb.DiskError, lmdb.LockError, lmdb.ReadersFullError, lmdb.ReadonlyError)):
+            return CacheError(
+                f"teacher cache {str(self.path)!r} cannot be opened ({reason}); free the disk, allow this process to "
+                "write there, or name another folder"
+            )
         return CacheError(
             f"teacher cache {str(self.path)!r} cannot be read, its file is damaged or of another program ({reason}); "
             "delete the folder, and the teacher's outputs are stored anew, or name another one"
@@ -134,35 +140,71 @@ class Store:
     # ---- transactions ----------------------------------------------------------------------------------------------
 
     def _transact(self, write: bool, work: Callable[[Any], R]) -> R:
-        """Do some work in a transaction; another process may have let the file grow meanwhile."""
+        """Do some work in a transaction."""
+
+        def transaction() -> R:
+            with self._env.begin(write=write) as txn:
+                return work(txn)
+
         with self._lock:
             try:
-                with self._env.begin(write=write) as txn:
-                    return work(txn)
-            except self.lmdb.MapResizedError:
-                self._env.set_mapsize(0)
-                with self._env.begin(write=write) as txn:
-                    return work(txn)
+                return self._grown(transaction)
+            except self.lmdb.Error as error:
+                if write:
+                    raise
+                raise self._damaged(error) from error
 
-    def _space(self, name: str) -> Any:
-        """Return the handle of a space, made if it is not there."""
+    def _grown(self, work: Callable[[], R]) -> R:
+        """Do some work, again where another process has let the file grow beyond this one's map."""
+        try:
+            return work()
+        except self.lmdb.MapResizedError:
+            self._env.set_mapsize(0)
+            return work()
+
+    def _space(self, name: str, make: bool = False) -> Any:
+        """Return the handle of a space; ``None`` if it is not there and not to be made: reading writes nothing."""
         if name not in self._spaces:
-            self._spaces[name] = self._env.open_db(name.encode())
+            try:
+                self._spaces[name] = self._grown(lambda: self._env.open_db(name.encode(), create=make))
+            except self.lmdb.NotFoundError:
+                return None
+            except self.lmdb.Error as error:
+                if make:
+                    raise
+                raise self._damaged(error) from error
         return self._spaces[name]
 
-    def describe(self, name: str, make: Callable[[], Mapping[str, Any]] | None = None) -> dict[str, Any] | None:
-        """Return what is noted of a space; where nothing is, note what ``make`` gives (first come, first served)."""
+    def _change(self, space: str, work: Callable[[Any, Any], R]) -> R:
+        """Do some work in a transaction that writes, given it and the handle of a space."""
         with self._lock:
-            spaces = self._space(_SPACES.decode())
-            found = self._transact(False, lambda txn: txn.get(name.encode(), db=spaces))
+            try:
+                handle = self._space(space, make=True)
+                return self._transact(True, lambda txn: work(txn, handle))
+            except self.lmdb.MapFullError as error:
+                raise OSError(f"the limit of {self._limit:,} bytes is reached") from error
+            except self.lmdb.Error as error:
+                # A write that failed half way leaves the open file unusable, not what is on the disk.
+                self._reopen()
+                raise OSError(str(error)) from error
+
+    def describe(self, name: str, make: Callable[[], Mapping[str, Any]] | None = None) -> dict[str, Any] | None:
+        """Return what is noted of a space; where nothing is, note what ``make`` gives (first come, first served).
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        with self._lock:
+            spaces = self._space(_SPACES)
+            found = None if spaces is None else self._transact(False, lambda txn: txn.get(name.encode(), db=spaces))
             if found is None and make is not None:
                 text = json.dumps(make()).encode()
 
-                def note(txn: Any) -> bytes:
+                def note(txn: Any, spaces: Any) -> bytes:
                     txn.put(name.encode(), text, overwrite=False, db=spaces)
                     return bytes(txn.get(name.encode(), db=spaces))
 
-                found = self._transact(True, note)
+                found = self._change(_SPACES, note)
         return None if found is None else json.loads(found)
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
@@ -171,14 +213,8 @@ class Store:
         Raises:
             OSError: if it cannot be written.
         """
-        with self._lock:
-            spaces = self._space(_SPACES.decode())
-            text = json.dumps(content).encode()
-            try:
-                self._transact(True, lambda txn: txn.put(name.encode(), text, db=spaces))
-            except self.lmdb.Error as error:
-                self._reopen()
-                raise OSError(str(error)) from error
+        text = json.dumps(content).encode()
+        self._change(_SPACES, lambda txn, spaces: txn.put(name.encode(), text, db=spaces))
 
     def _reopen(self) -> None:
         self.close()
@@ -187,14 +223,16 @@ class Store:
     def spaces(self) -> dict[str, dict[str, Any]]:
         """Return what is noted of all spaces."""
         with self._lock:
-            spaces = self._space(_SPACES.decode())
-            found = self._transact(False, lambda txn: list(txn.cursor(db=spaces)))
+            spaces = self._space(_SPACES)
+            found = [] if spaces is None else self._transact(False, lambda txn: list(txn.cursor(db=spaces)))
         return {bytes(name).decode(): json.loads(content) for name, content in found}
 
     def get(self, space: str, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the value of each key, ``None`` where there is none."""
         with self._lock:
             handle = self._space(space)
+            if handle is None:
+                return [None] * len(keys)
             values = self._transact(False, lambda txn: [txn.get(key, db=handle) for key in keys])
             self._read += sum(len(value) for value in values if value is not None)
             if self._read > _MAPPED:
@@ -207,21 +245,12 @@ class Store:
         Raises:
             OSError: if the limit is reached or the disk is full; the file keeps what was in it.
         """
-        with self._lock:
-            try:
-                handle = self._space(space)
 
-                def write(txn: Any) -> None:
-                    for key, value in entries.items():
-                        txn.put(key, value, db=handle)
+        def write(txn: Any, handle: Any) -> None:
+            for key, value in entries.items():
+                txn.put(key, value, db=handle)
 
-                self._transact(True, write)
-            except self.lmdb.MapFullError as error:
-                raise OSError(f"the limit of {self._limit:,} bytes is reached") from error
-            except self.lmdb.Error as error:
-                # A write that failed half way leaves the open file unusable, not what is on the disk.
-                self._reopen()
-                raise OSError(str(error)) from error
+        self._change(space, write)
 
     # ---- figures ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +258,7 @@ class Store:
         """Return the number of rows in a space."""
         with self._lock:
             handle = self._space(space)
-            return int(self._transact(False, lambda txn: txn.stat(handle)["entries"]))
+            return 0 if handle is None else int(self._transact(False, lambda txn: txn.stat(handle)["entries"]))
 
     def used(self) -> int:
         """Return the bytes of the file."""
