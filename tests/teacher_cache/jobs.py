@@ -74,7 +74,7 @@ class Job:
         elif not issubclass(kind, textbrewer.MultiTeacherDistiller):
             (teachers,) = teachers
         more = {} if self.custom is None else {"custom_matches": self.custom}
-        train_config = make_config(self.folder, **self.training)
+        train_config = dataclasses.replace(make_config(self.folder), **self.training)
         self.distiller = kind(
             train_config, settings, teachers, self.student, *adaptors, **more, teacher_cache=self.cache
         )

@@ -26,7 +26,7 @@ from textbrewer.distillers.student import StudentModule
 from textbrewer.distillers.teachers import NO_TEACHER, Teachers
 from textbrewer.hooks import resolve
 from textbrewer.matching import CustomMatch, build_projection, plan_matches, width_of_model
-from textbrewer.presets import KD_LOSS_MAP, WEIGHT_SCHEDULER
+from textbrewer.presets import KD_LOSS_MAP
 from textbrewer.teacher_cache import TeacherCache
 
 Self = TypeVar("Self", bound="BaseDistiller")
@@ -199,8 +199,7 @@ class BaseDistiller:
             student_has_losses: whether the student's adaptor is known to return ``losses``.
         """
         own_target = type(self).kd_target.__module__.startswith("textbrewer.") and "kd_target" not in vars(self)
-        own = own_target and getattr(self.compute_loss, "__func__", None) is BaseDistiller.compute_loss
-        if not (own and self._may_skip()):
+        if self.reads_everything() or not own_target or not self._may_skip():
             return None
         return needs_of(number, self.d_config, self.plan, self.custom_matches, student_has_losses)
 
@@ -225,7 +224,7 @@ class BaseDistiller:
             share: with exact accumulation, this batch's factors.
         """
         task, batch = (batch.task, batch.batch) if isinstance(batch, TaskBatch) else ("", batch)
-        self.now = self._scheduled(progress, share)
+        self.now = terms.scheduled(self.d_config, progress, share)
         if isinstance(batch, Remembered):
             student_batch, results_T = split(batch.batch)[1], self._recall(batch)
         elif isinstance(batch, Prepared):
@@ -265,15 +264,6 @@ class BaseDistiller:
     def _log_names(self, logs: dict[str, Tensor], task: str) -> dict[str, Tensor]:
         return logs
 
-    def _scheduled(self, progress: float, share: Any) -> terms.Now:
-        """Return the weights for this progress; the configuration is left as it is."""
-        config = self.d_config
-        return terms.Now(
-            _scheduled_weight(config.kd_loss_weight, config.kd_loss_weight_scheduler, progress),
-            _scheduled_weight(config.hard_label_weight, config.hard_label_weight_scheduler, progress),
-            share,
-        )
-
     @contextmanager
     def working(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> Iterator[None]:
         """Make ready for a run, and tidy up after it: modes, arguments of the models, teachers on the device."""
@@ -293,8 +283,7 @@ class BaseDistiller:
                 if self._modes_before is None:
                     stack.enter_context(self)
                 stack.enter_context(self.teachers.prepared(runtime, self.model_S))
-                if self.t_config.compiles("student"):
-                    stack.enter_context(compiled([self.model_S], "student"))
+                stack.enter_context(compiled([self.model_S] if self.t_config.compiles("student") else [], "student"))
                 yield
         finally:
             self._runtime = None
@@ -309,10 +298,3 @@ class BaseDistiller:
         if self._runtime is None:
             raise RuntimeError("a distiller has a runtime only while train() is at work")
         return self._runtime
-
-
-def _scheduled_weight(weight: float, scheduler: str | None, progress: float) -> float:
-    if scheduler in (None, "none"):
-        return weight
-    factor: float = WEIGHT_SCHEDULER[scheduler](progress)
-    return weight * factor

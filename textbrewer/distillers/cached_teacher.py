@@ -68,7 +68,7 @@ class CachedTeacher:
             live = self._fill(batch, found, missing, alone=not recomputed)
         elif recomputed:
             live = self.space.contents.tensors(self._live(batch, needs_for(recomputed)))
-        tensors = dict(self.to_device(found.tensors))
+        tensors = found.tensors(self.to_device)
         return self.space.views({**tensors, **{name: live[name] for name in recomputed if name in live}})
 
     def store(self, batch: Any, views: Views) -> None:

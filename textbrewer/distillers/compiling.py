@@ -21,12 +21,15 @@ def compiled(models: Sequence[nn.Module], who: str) -> Iterator[None]:
     """Compile models with ``torch.compile`` while the context is open; one that is compiled already stays so.
 
     Args:
-        models: the models; their names, parameters and ``state_dict`` stay as they are.
+        models: the models, none for no change; their names, parameters and ``state_dict`` stay as they are.
         who: ``"teacher"``, ``"student"`` or ``"model"``, for messages.
 
     Raises:
         RuntimeError: if torch cannot compile a model, or its backward pass.
     """
+    if not models:
+        yield
+        return
     import torch._functorch.config as functorch
 
     fresh = [model for model in dict.fromkeys(models) if vars(model).get(_COMPILED) is None]

@@ -77,7 +77,7 @@ class Teachers:
             if runtime.teacher_precision == "int8":
                 shared = {id(parameter) for parameter in student.parameters()} if student is not None else set()
                 self._int8 = {id(model): Int8Layers(model, shared) for model in distinct}
-            with compiled(distinct, "teacher") if runtime.config.compiles("teacher") else nullcontext():
+            with compiled(distinct if runtime.config.compiles("teacher") else [], "teacher"):
                 yield
         finally:
             self._forwards, self._int8, self._contents = {}, {}, {}

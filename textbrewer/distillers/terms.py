@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from textbrewer.adaptors import Views
+from textbrewer.configurations import DistillationConfig
 from textbrewer.distillers import heads
 from textbrewer.distillers.stacking import Stacking
 from textbrewer.losses.masking import denominator_of
 from textbrewer.matching import CustomMatch, PlannedMatch, select, teacher_feature
+from textbrewer.presets import WEIGHT_SCHEDULER
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,22 @@ class Now:
     kd_weight: float
     hard_label_weight: float
     share: Mapping[str, Tensor] | None = None
+
+
+def scheduled(config: DistillationConfig, progress: float, share: Mapping[str, Tensor] | None) -> Now:
+    """Return the weights for a progress, from 0 to 1; the configuration is left as it is."""
+    return Now(
+        _scheduled_weight(config.kd_loss_weight, config.kd_loss_weight_scheduler, progress),
+        _scheduled_weight(config.hard_label_weight, config.hard_label_weight_scheduler, progress),
+        share,
+    )
+
+
+def _scheduled_weight(weight: float, scheduler: str | None, progress: float) -> float:
+    if scheduler in (None, "none"):
+        return weight
+    factor: float = WEIGHT_SCHEDULER[scheduler](progress)
+    return weight * factor
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from textbrewer import checks
-from textbrewer.teacher_cache.codec import DTYPES
+from textbrewer.teacher_cache.items import DTYPES
 from textbrewer.teacher_cache.sizes import in_bytes, parse_bytes
 from textbrewer.teacher_cache.store import Store
 

@@ -5,85 +5,21 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+from textbrewer.teacher_cache.items import DTYPES, Item, parts_of
+
 _HEAD = struct.Struct("<II")
 _LARGEST_HALF = 65504.0
 Array = np.ndarray[Any, Any]
 Place = Any
 """The kept positions of a row: a slice, or their numbers."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One stored tensor of a row.
-
-    Args:
-        name: its name.
-        dtype: the type it comes back in, such as ``"float32"``.
-        shape: its shape in one row; 0 where it is as long as the row.
-        top_k: of logits: how many are kept; 0: all.
-        temperature: of logits with ``top_k``: at which the mass of the others is kept.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    top_k: int = 0
-    temperature: float = 1.0
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Item:
-        """Construct an item of what :meth:`to_dict` returned."""
-        return cls(**{**content, "shape": tuple(content["shape"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
-    @property
-    def is_float(self) -> bool:
-        """Whether it holds real numbers, which may be stored in a shorter type."""
-        return bool(getattr(torch, self.dtype).is_floating_point)
-
-    def row_shape(self, length: int) -> tuple[int, ...]:
-        """Return the shape in a row of so many positions."""
-        return tuple(length if size == 0 else size for size in self.shape)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One array of an item's bytes: its type in NumPy and torch, and whether it has the item's last dimension."""
-
-    numpy: str
-    torch: torch.dtype
-    last: int | None
-
-
-def parts_of(item: Item, code: str) -> list[Part]:
-    """Return the arrays that an item is stored as, under a storage type."""
-    if item.top_k:
-        inner = parts_of(Item(item.name, item.dtype, (item.top_k,)), code)
-        return [*inner, Part("i4", torch.int32, item.top_k), Part("f4", torch.float32, None)]
-    last = item.shape[-1] if item.shape else None
-    if not item.is_float:
-        dtype = getattr(torch, item.dtype)
-        return [Part("u1", torch.uint8, last) if dtype == torch.bool else Part("i8", torch.int64, last)]
-    if code == "int8":
-        return [Part("i1", torch.int8, last), Part("f4", torch.float32, None)]
-    numpy, kind = {
-        "float32": ("f4", torch.float32),
-        "float16": ("f2", torch.float16),
-        "bfloat16": ("i2", torch.bfloat16),
-    }[code]
-    return [Part(numpy, kind, last)]
 
 
 # ---- storing -------------------------------------------------------------------------------------------------------
@@ -107,11 +43,11 @@ def pack(items: Sequence[Item], tensors: Mapping[str, Tensor], dtype: str, place
     rows = []
     for row, place in enumerate(places):
         length = place.stop if isinstance(place, slice) else len(place)
-        pieces = [codes]
+        pieces = [_LENGTH.pack(length or 0), codes]
         for item, arrays, _ in columns:
             pieces += [_cut(array[row], item, place).tobytes() for array in arrays]
         body = b"".join(pieces)
-        rows.append(_HEAD.pack(zlib.crc32(body), length or 0) + body)
+        rows.append(_LENGTH.pack(zlib.crc32(body)) + body)
     return rows
 
 
@@ -130,8 +66,7 @@ def _encode(item: Item, tensor: Tensor, dtype: str, places: Sequence[Place]) -> 
     if 0 in item.shape and (not fits or (dtype == "int8" and item.shape[-1] == 0)):
         tensor = _cleared(item, tensor, places)
         fits = fits or _fits(tensor, dtype)
-    if not fits:
-        dtype = "float32"
+    dtype = dtype if fits else "float32"
     if dtype == "int8":
         numbers, scale = quantise(tensor)
         return dtype, [numbers.cpu().numpy(), scale.cpu().numpy()]
@@ -141,13 +76,12 @@ def _encode(item: Item, tensor: Tensor, dtype: str, places: Sequence[Place]) -> 
 
 def _cleared(item: Item, tensor: Tensor, places: Sequence[Place]) -> Tensor:
     """Return a tensor with zeros at the padding."""
-    length = tensor.shape[1 + item.shape.index(0)]
-    kept = torch.zeros(len(places), length, dtype=torch.bool)
+    kept = torch.zeros(len(places), tensor.shape[1 + item.shape.index(0)], dtype=torch.bool)
     for row, place in enumerate(places):
         kept[row, place] = True
     for number, size in enumerate(item.shape):
         if size == 0:
-            mask = ~kept.reshape(len(places), *[1] * number, length, *[1] * (len(item.shape) - number - 1))
+            mask = ~kept.reshape(len(places), *[1] * number, -1, *[1] * (len(item.shape) - number - 1))
             tensor = tensor.masked_fill(mask.to(tensor.device), 0.0)
     return tensor
 
@@ -161,9 +95,7 @@ def _fits(tensor: Tensor, dtype: str) -> bool:
     low, high = (float(value) for value in torch.aminmax(tensor))
     if math.isfinite(low) and math.isfinite(high):
         return dtype == "int8" or max(-low, high) <= _LARGEST_HALF
-    if dtype == "int8":
-        return False
-    return not bool(((tensor.abs() > _LARGEST_HALF) & tensor.isfinite()).any())
+    return dtype != "int8" and not bool(((tensor.abs() > _LARGEST_HALF) & tensor.isfinite()).any())
 
 
 def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,11 +139,49 @@ def _cut(row: Array, item: Item, place: Place) -> Array:
 
 def is_intact(entry: bytes) -> bool:
     """Return whether an entry is as it was written."""
-    return len(entry) > _HEAD.size and zlib.crc32(memoryview(entry)[_HEAD.size :]) == _HEAD.unpack_from(entry)[0]
+    return len(entry) > _HEAD.size and zlib.crc32(memoryview(entry)[_LENGTH.size :]) == _HEAD.unpack_from(entry)[0]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An item of some rows as it was stored, not yet in the type it came in.
+
+    Args:
+        item: the item.
+        by_code: for each storage type in use: the numbers of its rows, and their arrays, rows first.
+        shape: the item's shape with all rows.
+    """
+
+    item: Item
+    by_code: Mapping[str, tuple[Sequence[int], Sequence[Tensor]]]
+    shape: tuple[int, ...]
+
+    def tensor(self, to_device: Callable[[Any], Any] = lambda tensors: tensors) -> Tensor:
+        """Return the item's tensor.
+
+        Args:
+            to_device: brings tensors to a device: what is stored, since it is shorter than what it stands for.
+        """
+        values = {code: _decode(self.item, code, to_device(list(arrays))) for code, (_, arrays) in self.by_code.items()}
+        if len(values) == 1:
+            return next(iter(values.values()))
+        whole = torch.zeros(
+            self.shape, dtype=getattr(torch, self.item.dtype), device=next(iter(values.values())).device
+        )
+        for code, value in values.items():
+            whole[list(self.by_code[code][0])] = value
+        return whole
 
 
 def unpack(items: Sequence[Item], entries: Sequence[bytes], places: Sequence[Place], length: int) -> dict[str, Tensor]:
-    """Return the tensors of the rows, by name, zero at the padding.
+    """Return the tensors of the rows, by name, zero at the padding; see :func:`gather`."""
+    return {gathered.item.name: gathered.tensor() for gathered in gather(items, entries, places, length)}
+
+
+def gather(items: Sequence[Item], entries: Sequence[bytes], places: Sequence[Place], length: int) -> list[Gathered]:
+    """Return the items of some rows side by side, zero at the padding.
+
+    Only copies bytes: torch would start threads of its own for each thread that computes with it.
 
     Args:
         items: what is stored.
@@ -224,23 +194,17 @@ def unpack(items: Sequence[Item], entries: Sequence[bytes], places: Sequence[Pla
     """
     offsets = [_HEAD.size + len(items)] * len(entries)
     lengths = [_HEAD.unpack_from(entry)[1] for entry in entries]
-    tensors = {}
+    gathered = []
     for number, item in enumerate(items):
         codes = [DTYPES[entry[_HEAD.size + number]] for entry in entries]
-        by_code = {}
+        by_code: dict[str, tuple[Sequence[int], Sequence[Tensor]]] = {}
         for code in dict.fromkeys(codes):
             rows = [row for row, own in enumerate(codes) if own == code]
             by_code[code] = rows, _read(item, code, rows, entries, offsets, lengths, places, length)
-        if len(by_code) == 1:
-            (tensors[item.name],) = (value for _, value in by_code.values())
-            continue
-        whole = torch.zeros((len(entries), *item.row_shape(length)), dtype=getattr(torch, item.dtype))
-        for rows, value in by_code.values():
-            whole[rows] = value
-        tensors[item.name] = whole
+        gathered.append(Gathered(item, by_code, (len(entries), *item.row_shape(length))))
     if any(offset != len(entry) for offset, entry in zip(offsets, entries, strict=True)):
         raise ValueError("an entry does not have the size that its items need")
-    return tensors
+    return gathered
 
 
 def _read(
@@ -252,8 +216,8 @@ def _read(
     lengths: Sequence[int],
     places: Sequence[Place],
     length: int,
-) -> Tensor:
-    """Return one item of some rows, and move on their offsets."""
+) -> list[Tensor]:
+    """Return the arrays of one item of some rows, and move on the rows' offsets."""
     full = all(lengths[row] == length for row in rows) or 0 not in item.shape
     arrays: list[Tensor] = []
     for part in parts_of(item, code):
@@ -269,7 +233,7 @@ def _read(
             offsets[row] += values.nbytes
             _put(view[index, ...], values, shape, places[row])
         arrays.append(target)
-    return _decode(item, code, arrays, length)
+    return arrays
 
 
 def _put(target: Array, values: Array, shape: Sequence[int], place: Place) -> None:
@@ -281,23 +245,14 @@ def _put(target: Array, values: Array, shape: Sequence[int], place: Place) -> No
         target[np.ix_(*(place if size == 0 else np.arange(size) for size in shape))] = values
 
 
-def _decode(item: Item, code: str, arrays: list[Tensor], length: int) -> Tensor:
+def _decode(item: Item, code: str, arrays: Sequence[Tensor]) -> Tensor:
     """Return an item of its arrays, in the type it came in."""
     dtype = getattr(torch, item.dtype)
     if item.top_k:
         *inner, places, level = arrays
-        values = _decode(Item(item.name, item.dtype, (item.top_k,)), code, inner, length)
+        values = _decode(Item(item.name, item.dtype, (item.top_k,)), code, inner)
         logits = level.to(dtype).unsqueeze(-1).expand(*level.shape, item.shape[-1])
         return logits.scatter(-1, places.long(), values)
     if item.is_float and code == "int8":
         return (arrays[0].float() * arrays[1].unsqueeze(-1)).to(dtype)
     return arrays[0].to(dtype)
-
-
-def bytes_of(item: Item, dtype: str, length: float) -> float:
-    """Return the bytes of an item in a row of so many positions."""
-    total = 0.0
-    for part in parts_of(item, dtype):
-        shape = (*(item.shape[:-1] if item.shape else ()), *([] if part.last is None else [part.last]))
-        total += math.prod(length if size == 0 else size for size in shape) * np.dtype(part.numpy).itemsize
-    return total

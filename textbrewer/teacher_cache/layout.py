@@ -11,8 +11,9 @@ from torch import Tensor
 from textbrewer.adaptors import Views
 from textbrewer.losses.forms import form_of
 from textbrewer.registry import MATCH_LOSS_MAP
-from textbrewer.teacher_cache.codec import Item, Place
+from textbrewer.teacher_cache.codec import Place
 from textbrewer.teacher_cache.contents import Contents
+from textbrewer.teacher_cache.items import Item
 from textbrewer.teacher_cache.keys import Rows
 
 _POSITIONS = {"logits_mask": (1,), "inputs_mask": (1,), "labels": (1,)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,12 @@ from torch import Tensor
 from textbrewer import checks
 from textbrewer.adaptors import Views
 from textbrewer.teacher_cache import codec, layout
+from textbrewer.teacher_cache.codec import Gathered
 from textbrewer.teacher_cache.contents import Contents
 from textbrewer.teacher_cache.errors import CacheError
-from textbrewer.teacher_cache.keys import Rows, rows_of
+from textbrewer.teacher_cache.found import Found
+from textbrewer.teacher_cache.items import bytes_of
+from textbrewer.teacher_cache.keys import rows_of
 from textbrewer.teacher_cache.layout import Layout
 from textbrewer.teacher_cache.planning import StoragePlan, plan_storage
 from textbrewer.teacher_cache.sizes import in_bytes
@@ -29,28 +31,6 @@ _OF_TEACHER = ("teacher", "adaptor", "precision", "arguments")
 _ENOUGH_ROWS = 64
 _ENOUGH_SHARE = 0.05
 _HARDLY_ANY = 0.01
-
-
-@dataclass
-class Found:
-    """What a cache has of a batch.
-
-    Args:
-        rows: the batch's keys.
-        entries: each row's bytes, ``None`` for those missing.
-        tensors: where no row is missing, the stored tensors by name, on the CPU.
-        length: positions of the batch.
-    """
-
-    rows: Rows
-    entries: list[bytes | None]
-    tensors: dict[str, Tensor] | None = None
-    length: int = 0
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the rows that are not in the cache."""
-        return [row for row, entry in enumerate(self.entries) if entry is None]
 
 
 class Space:
@@ -151,7 +131,7 @@ class Space:
         padded = bool(padded) or layout.depends_on_padding(tensors, batch_rows, contents)
         items = layout.items_of(tensors, padded, contents, self.cache.top_k, self.request["temperature"] or 1.0)
         length = 0.0 if batch_rows.kept is None else float(batch_rows.kept.sum()) / len(batch_rows.keys)
-        sizes = {item.name: codec.bytes_of(item, self.cache.dtype, length) for item in items}
+        sizes = {item.name: bytes_of(item, self.cache.dtype, length) for item in items}
         whole_rows = contents.everything or bool(views_T.captured)
         plan = plan_storage(sizes, rows, self.cache.room(), whole_rows)
         stored = tuple(item for item in items if item.name in plan.stored)
@@ -202,7 +182,7 @@ class Space:
         found = Found(rows, entries, length=0 if rows.kept is None else rows.kept.shape[1])
         missing = len(found.missing)
         if not missing:
-            found.tensors = self._unpacked(found)
+            found.gathered = self._gather(found)
             # Read, and so many bytes that need not be kept.
             found.entries = [b""] * len(entries)
         hits = len(entries) - missing
@@ -226,9 +206,9 @@ class Space:
         if before < enough <= self._later and self.cache.stopped is None:
             self.aside = self._later_found < _HARDLY_ANY * self._later
 
-    def _unpacked(self, found: Found) -> dict[str, Tensor]:
+    def _gather(self, found: Found) -> list[Gathered]:
         entries = [entry for entry in found.entries if entry is not None]
-        return codec.unpack(self._settled().items, entries, layout.places_of(found.rows), found.length)
+        return codec.gather(self._settled().items, entries, layout.places_of(found.rows), found.length)
 
     def add(self, found: Found, tensors: Mapping[str, Tensor], numbers: Sequence[int], seconds: float | None) -> None:
         """Store rows that were missing, and complete what was found.
@@ -250,7 +230,7 @@ class Space:
             if row in missing:
                 found.entries[row] = entry
                 fresh[found.rows.keys[row]] = entry
-        found.tensors = self._unpacked(found)
+        found.gathered = self._gather(found)
         if seconds is not None:
             self._computed += len(numbers)
             self._seconds += seconds
