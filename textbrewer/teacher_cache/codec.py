@@ -15,7 +15,8 @@ from torch import Tensor
 
 from textbrewer.teacher_cache.items import DTYPES, Item, parts_of
 
-_HEAD = struct.Struct("<II")
+# The checksum of what comes after it, and the row's length.
+_HEAD, _LENGTH = struct.Struct("<II"), struct.Struct("<I")
 _LARGEST_HALF = 65504.0
 Array = np.ndarray[Any, Any]
 Place = Any
@@ -34,17 +35,17 @@ def pack(items: Sequence[Item], tensors: Mapping[str, Tensor], dtype: str, place
         dtype: the storage type of real numbers; one that cannot hold an item's numbers gives way to float32.
         places: the kept positions of each row.
     """
-    columns: list[tuple[Item, list[Array], list[Part]]] = []
+    columns: list[tuple[Item, list[Array]]] = []
     codes = b""
     for item in items:
         code, arrays = _encode(item, tensors[item.name].detach(), dtype, places)
         codes += bytes([DTYPES.index(code)])
-        columns.append((item, arrays, parts_of(item, code)))
+        columns.append((item, arrays))
     rows = []
     for row, place in enumerate(places):
         length = place.stop if isinstance(place, slice) else len(place)
         pieces = [_LENGTH.pack(length or 0), codes]
-        for item, arrays, _ in columns:
+        for item, arrays in columns:
             pieces += [_cut(array[row], item, place).tobytes() for array in arrays]
         body = b"".join(pieces)
         rows.append(_LENGTH.pack(zlib.crc32(body)) + body)

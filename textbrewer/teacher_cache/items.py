@@ -11,8 +11,6 @@ import numpy as np
 import torch
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
-# The checksum of what comes after it, and the row's length.
-_HEAD, _LENGTH = struct.Struct("<II"), struct.Struct("<I")
 
 
 @dataclass(frozen=True)
