@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, logsumexp, softmax
 
 from textbrewer.teacher_cache import codec
-from textbrewer.teacher_cache.codec import DTYPES, Item
+from textbrewer.teacher_cache.items import DTYPES, Item, bytes_of
 
 B, L, A, C, H = 4, 7, 3, 5, 6
 SHAPES = {
@@ -108,13 +108,13 @@ def test_bytes_of_is_the_length_of_an_entry(dtype, shape, mask):
             by_hand += 4 * math.prod(sizes[:-1])
         assert len(entry) == 8 + 1 + by_hand
         if not (dtype == "int8" and shape in ("a number", "by position")):
-            assert codec.bytes_of(item, stored, length) == by_hand
+            assert bytes_of(item, stored, length) == by_hand
 
 
 def test_bytes_of_an_average_length_and_of_top_k():
-    assert codec.bytes_of(Item("x", "float32", (0, H)), "float16", 2.5) == 2.5 * H * 2
+    assert bytes_of(Item("x", "float32", (0, H)), "float16", 2.5) == 2.5 * H * 2
     # Two values of two bytes and their classes of four, and one level of four, for each of three positions.
-    assert codec.bytes_of(Item("logits/0", "float32", (0, C), 2, 1.0), "float16", 3) == 3 * (2 * 2 + 2 * 4 + 4)
+    assert bytes_of(Item("logits/0", "float32", (0, C), 2, 1.0), "float16", 3) == 3 * (2 * 2 + 2 * 4 + 4)
 
 
 @pytest.mark.parametrize("mask", ["padded", "holes", "an empty row"])

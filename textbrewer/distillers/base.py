@@ -23,7 +23,7 @@ from textbrewer.distillers.frozen import Modes, modes_of, set_modes
 from textbrewer.distillers.needs import Needs, needs_of
 from textbrewer.distillers.stacking import Stacking, make_stacking
 from textbrewer.distillers.student import StudentModule
-from textbrewer.distillers.teachers import NO_TEACHER, Teachers
+from textbrewer.distillers.teachers import Teachers, check_models
 from textbrewer.hooks import resolve
 from textbrewer.matching import CustomMatch, build_projection, plan_matches, width_of_model
 from textbrewer.presets import KD_LOSS_MAP
@@ -66,15 +66,7 @@ class BaseDistiller:
         checks.is_a(distill_config, DistillationConfig, "distill_config", "a DistillationConfig")
         checks.is_a(model_S, nn.Module, "model_S", "a torch module")
         self.teacher_cache = cached_run.resolve(teacher_cache, distill_config)
-        for teacher in (model for models in models_T.values() for model in models):
-            if teacher is None and self.teacher_cache is None:
-                raise TypeError(NO_TEACHER)
-            if teacher is not None:
-                checks.is_a(teacher, nn.Module, "model_T", "a torch module")
-            if teacher is model_S:
-                raise ValueError(
-                    "model_T and model_S must be two objects; deep-copy the model to distil it into itself"
-                )
+        check_models(models_T, model_S, may_be_missing=self.teacher_cache is not None)
         # Copies, checked again: what the caller changes afterwards does not reach a distiller half way.
         self.t_config = dataclasses.replace(train_config)
         self.d_config = dataclasses.replace(distill_config)

@@ -12,13 +12,14 @@ from torch import nn
 
 from textbrewer import checks, engine
 from textbrewer.adaptors import Views
-from textbrewer.configurations import DistillationConfig
+from textbrewer.configurations import DistillationConfig, IntermediateMatch
 from textbrewer.distillers.batch_parts import split
 from textbrewer.distillers.cached_teacher import CachedTeacher, Prepared
 from textbrewer.distillers.needs import Needs
 from textbrewer.distillers.teachers import Teachers
 from textbrewer.hooks.modules import label
 from textbrewer.losses.forms import form_of
+from textbrewer.matching import PlannedMatch
 from textbrewer.registry import MATCH_LOSS_MAP
 from textbrewer.teacher_cache import CacheError, Contents, Space, TeacherCache, fingerprint, layout
 from textbrewer.teacher_cache.keys import entries_of, row_count
@@ -68,13 +69,8 @@ class CachedRun:
             self.teachers[task] = []
             for number in range(len(models)):
                 needs = distiller.teacher_needs(number)
-                matches = [
-                    (planned.number, planned.match)
-                    for planned in distiller.plan
-                    if planned.match.teacher == number and (needs is None or planned.match.weight)
-                ]
                 asked = Asked(
-                    Contents(matches, distiller.reads_everything()),
+                    Contents(matches_of(distiller.plan, number, needs), distiller.reads_everything()),
                     needs,
                     distiller.d_config.temperature,
                     custom if number == 0 else [],
@@ -175,6 +171,12 @@ class Asked:
             "mask": cache.mask,
             "keep_padding": cache.keep_padding,
         }
+
+
+def matches_of(plan: Sequence[PlannedMatch], number: int, needs: Needs | None) -> list[tuple[int, IntermediateMatch]]:
+    """Return the matches with one teacher that are computed, with their numbers; all of them where it is not known."""
+    mine = [item for item in plan if item.match.teacher == number]
+    return [(item.number, item.match) for item in mine if needs is None or item.match.weight]
 
 
 def open_teacher(

@@ -13,13 +13,13 @@ from textbrewer.adaptors import Adaptor
 from textbrewer.configurations import DistillationConfig, TrainingConfig
 from textbrewer.distillers import training
 from textbrewer.distillers.batch_parts import split
-from textbrewer.distillers.cached_run import Asked, open_teacher, rows_in
+from textbrewer.distillers.cached_run import Asked, matches_of, open_teacher, rows_in
 from textbrewer.distillers.cached_teacher import CachedTeacher
 from textbrewer.distillers.frozen import evaluating
 from textbrewer.distillers.needs import needs_of
 from textbrewer.distillers.teachers import Teachers
 from textbrewer.matching import plan_matches
-from textbrewer.teacher_cache import CacheInfo, Contents, TeacherCache
+from textbrewer.teacher_cache import CacheError, CacheInfo, Contents, TeacherCache
 
 
 def precompute(
@@ -68,15 +68,11 @@ def precompute(
     plan = plan_matches(config.intermediate_matches)
     checks.is_a(task, str, "task", "a task's name")
     checks.integer(number, "number", minimum=0)
+    teachers = Teachers(
+        {task: [None] * number + [teacher]}, {task: [adaptors.resolve(adaptor, "adaptor")] * (number + 1)}, plan, []
+    )
     needs = needs_of(number, config, plan, (), student_has_losses=False)
-    matches = [
-        (item.number, item.match)
-        for item in plan
-        if item.match.teacher == number and (needs is None or item.match.weight)
-    ]
-    resolved = adaptors.resolve(adaptor, "adaptor")
-    teachers = Teachers({task: [None] * number + [teacher]}, {task: [resolved] * (number + 1)}, plan, [])
-    asked = Asked(Contents(matches, everything=False), needs, config.temperature)
+    asked = Asked(Contents(matches_of(plan, number, needs), everything=False), needs, config.temperature)
     with (
         engine.Runtime(train_config) as runtime,
         cache.opened(),
@@ -86,18 +82,15 @@ def precompute(
     ):
         cached = open_teacher(cache, asked, teachers, runtime, task, number, args)
         loader = engine.shard(dataloader, runtime)
-        bar = engine.progress_bar(
-            train_config, runtime, total=engine.size_of(loader), desc="Teacher outputs", unit="batch"
-        )
-        with bar:
+        size = engine.size_of(loader)
+        with engine.progress_bar(train_config, runtime, total=size, desc="Teacher outputs", unit="batch") as bar:
             for batch in loader:
                 batch = batch if batch_postprocessor is None else batch_postprocessor(batch)
                 _store(cached, split(batch)[0], dataloader, train_config, runtime)
                 bar.update(1)
         cache.flush()
         cached.space.finish()
-        if cache.stopped is not None:
-            engine.say(train_config, runtime, f"Not all rows were stored: {cache.stopped}")
+        _check_all_stored(cache)
         runtime.wait()
         return cache.info()
 
@@ -110,6 +103,15 @@ def _store(cached: CachedTeacher, batch: Any, loader: Any, config: TrainingConfi
         engine.say(config, runtime, cached.space.plan_line)
         cached.store(batch, views)
         return
+    _check_all_stored(cached.space.cache)
     found = cached.look_up(batch, 0)
     if found is not None and found.missing:
         cached.views(batch, found)
+
+
+def _check_all_stored(cache: TeacherCache) -> None:
+    if cache.stopped is not None:
+        raise CacheError(
+            f"not all rows could be stored in the teacher cache {str(cache.path)!r}: {cache.stopped}; make room or raise "
+            "max_bytes, and run it again: what is stored stays"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from textbrewer import adaptors
+from textbrewer import adaptors, checks
 from textbrewer.adaptors import Adaptor, Views
 from textbrewer.distillers import first_step
 from textbrewer.distillers.batch_parts import split
@@ -195,3 +195,21 @@ class Teachers:
         """Return what to keep in memory of a teacher's views, by those of a first batch."""
         matches = [(item.number, item.match) for item in self.plan if item.match.teacher == number]
         return Contents(matches, everything).settle(views, masks_agree=False)
+
+
+def check_models(models_T: Mapping[str, Sequence[nn.Module | None]], model_S: nn.Module, may_be_missing: bool) -> None:
+    """Raise unless all teachers are modules other than the student.
+
+    Args:
+        models_T: the teachers of each task.
+        model_S: the student.
+        may_be_missing: whether a teacher may be ``None``.
+    """
+    for teacher in (model for models in models_T.values() for model in models):
+        if teacher is None and may_be_missing:
+            continue
+        if teacher is None:
+            raise TypeError(NO_TEACHER)
+        checks.is_a(teacher, nn.Module, "model_T", "a torch module")
+        if teacher is model_S:
+            raise ValueError("model_T and model_S must be two objects; deep-copy the model to distil it into itself")

@@ -36,20 +36,28 @@ def pack(items: Sequence[Item], tensors: Mapping[str, Tensor], dtype: str, place
         places: the kept positions of each row.
     """
     columns: list[tuple[Item, list[Array]]] = []
-    codes = b""
+    codes = shapes = b""
     for item in items:
-        code, arrays = _encode(item, tensors[item.name].detach(), dtype, places)
+        tensor = tensors[item.name].detach()
+        if item.varies:
+            item = item.of_shape(tensor.shape[1:])
+            shapes += _shape_struct(item).pack(*item.shape)
+        code, arrays = _encode(item, tensor, dtype, places)
         codes += bytes([DTYPES.index(code)])
         columns.append((item, arrays))
     rows = []
     for row, place in enumerate(places):
         length = place.stop if isinstance(place, slice) else len(place)
-        pieces = [_LENGTH.pack(length or 0), codes]
+        pieces = [_LENGTH.pack(length or 0), codes, shapes]
         for item, arrays in columns:
             pieces += [_cut(array[row], item, place).tobytes() for array in arrays]
         body = b"".join(pieces)
         rows.append(_LENGTH.pack(zlib.crc32(body)) + body)
     return rows
+
+
+def _shape_struct(item: Item) -> struct.Struct:
+    return struct.Struct(f"<{len(item.shape)}I")
 
 
 def _encode(item: Item, tensor: Tensor, dtype: str, places: Sequence[Place]) -> tuple[str, list[Array]]:
@@ -193,10 +201,11 @@ def gather(items: Sequence[Item], entries: Sequence[bytes], places: Sequence[Pla
     Raises:
         ValueError: if an entry does not have the size that its items need.
     """
-    offsets = [_HEAD.size + len(items)] * len(entries)
+    kinds, start = _of_rows(items, entries)
+    offsets = [start] * len(entries)
     lengths = [_HEAD.unpack_from(entry)[1] for entry in entries]
     gathered = []
-    for number, item in enumerate(items):
+    for number, item in enumerate(kinds):
         codes = [DTYPES[entry[_HEAD.size + number]] for entry in entries]
         by_code: dict[str, tuple[Sequence[int], Sequence[Tensor]]] = {}
         for code in dict.fromkeys(codes):
@@ -206,6 +215,20 @@ def gather(items: Sequence[Item], entries: Sequence[bytes], places: Sequence[Pla
     if any(offset != len(entry) for offset, entry in zip(offsets, entries, strict=True)):
         raise ValueError("an entry does not have the size that its items need")
     return gathered
+
+
+def _of_rows(items: Sequence[Item], entries: Sequence[bytes]) -> tuple[list[Item], int]:
+    """Return the items in the shapes that the rows note, and where the rows' arrays begin."""
+    first = end = _HEAD.size + len(items)
+    kinds = []
+    for item in items:
+        if item.varies:
+            form = _shape_struct(item)
+            item, end = item.of_shape(form.unpack_from(entries[0], end)), end + form.size
+        kinds.append(item)
+    if any(entry[first:end] != entries[0][first:end] for entry in entries):
+        raise ValueError("the rows of a batch must be of one shape")
+    return kinds, end
 
 
 def _read(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ class Item:
     Args:
         name: its name.
         dtype: the type it comes back in, such as ``"float32"``.
-        shape: its shape in one row; 0 where it is as long as the row.
+        shape: its shape in one row; 0 where it is as long as the row, -1 where each row notes its own.
         top_k: of logits: how many are kept; 0: all.
         temperature: of logits with ``top_k``: at which the mass of the others is kept.
     """
@@ -44,6 +44,19 @@ class Item:
     def is_float(self) -> bool:
         """Whether it holds real numbers, which may be stored in a shorter type."""
         return bool(getattr(torch, self.dtype).is_floating_point)
+
+    @property
+    def varies(self) -> bool:
+        """Whether each row notes its own shape."""
+        return -1 in self.shape
+
+    def varying(self) -> Item:
+        """Return the item for rows that note their own shape, as they do where padding is stored."""
+        return replace(self, shape=(-1,) * len(self.shape))
+
+    def of_shape(self, shape: Sequence[int]) -> Item:
+        """Return the item as it is stored in rows of a shape."""
+        return replace(self, shape=tuple(shape), top_k=self.top_k if shape and shape[-1] > self.top_k + 1 else 0)
 
     def row_shape(self, length: int) -> tuple[int, ...]:
         """Return the shape in a row of so many positions."""

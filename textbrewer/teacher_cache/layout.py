@@ -83,13 +83,16 @@ def depends_on_padding(tensors: Mapping[str, Tensor], rows: Rows, contents: Cont
     """Return whether rows can only be stored with their padding.
 
     So it is without a mask, where a tensor has positions that are not those of the mask (a decoder's), and for logits
-    over the positions themselves (span prediction), whose softmax runs over the padding too.
+    over the positions themselves (span prediction), whose softmax runs over the padding too. And of tensors with more
+    dimensions than usual it is not known which of these run over positions.
     """
     if rows.kept is None:
         return True
     length = rows.kept.shape[1]
     for name, tensor in tensors.items():
         if any(tensor.shape[dimension] != length for dimension in positions_of(name, tensor, contents)):
+            return True
+        if name.startswith(("logits/", "hidden/")) and tensor.dim() > 3:
             return True
         if name.startswith("logits/") and tensor.dim() == 2 and tensor.shape[1] == length:
             return True

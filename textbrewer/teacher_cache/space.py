@@ -134,7 +134,8 @@ class Space:
         sizes = {item.name: bytes_of(item, self.cache.dtype, length) for item in items}
         whole_rows = contents.everything or bool(views_T.captured)
         plan = plan_storage(sizes, rows, self.cache.room(), whole_rows)
-        stored = tuple(item for item in items if item.name in plan.stored)
+        # Rows with their padding are as long as that of their batch.
+        stored = tuple(item.varying() if padded else item for item in items if item.name in plan.stored)
         whole = tuple(sorted(contents.whole))
         found = Layout(stored, contents.counts(views_T), whole, padded, plan.recomputed, plan.share_of_rows)
         if plan.recomputed or plan.share_of_rows < 1:
