@@ -112,6 +112,6 @@ def _store(cached: CachedTeacher, batch: Any, loader: Any, config: TrainingConfi
 def _check_all_stored(cache: TeacherCache) -> None:
     if cache.stopped is not None:
         raise CacheError(
-            f"not all rows could be stored in the teacher cache {str(cache.path)!r}: {cache.stopped}; make room or raise "
-            "max_bytes, and run it again: what is stored stays"
+            f"not all rows could be stored in the teacher cache {str(cache.path)!r}: {cache.stopped}; make room or "
+            "raise max_bytes, and run it again: what is stored stays"
         )
