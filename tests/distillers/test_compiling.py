@@ -1,6 +1,7 @@
 """``compile``: the same training, nothing left behind, and a clear word where torch cannot."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from textbrewer import BasicTrainer, CustomMatch, GeneralDistiller
 from textbrewer.distillers import compiling
 from textbrewer.engine import NonFiniteError
 
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 COMPILED = "_compiled_call_impl"
 
 
@@ -39,8 +41,7 @@ def run(folder, wanted, **options):
     return setup
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wanted", [True, "teacher", "student"])
+@pytest.mark.parametrize("wanted", [pytest.param(True, marks=pytest.mark.slow), "teacher", "student"])
 def test_training_is_the_same(tmp_path, monkeypatch, wanted):
     compiled, real = [], torch.compile
 
@@ -150,7 +151,6 @@ def test_without_a_compiler(tmp_path, wanted, who):
         assert COMPILED not in vars(model)
 
 
-@pytest.mark.slow
 def test_checkpoints_and_resume(tmp_path):
     """A compiled run's checkpoint is one of the plain student, and an uncompiled run can go on with it."""
     whole = run(tmp_path / "whole", "student", num_steps=6)
@@ -205,7 +205,6 @@ def test_basic_trainer(tmp_path):
         trainer.train(torch.optim.SGD(trainer.model.parameters(), 0.1), batches(), num_steps=1)
 
 
-@pytest.mark.slow
 def test_a_compiled_teacher_stops_early(tmp_path):
     match = {
         "layer_T": 1,

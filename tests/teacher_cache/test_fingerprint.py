@@ -214,6 +214,7 @@ VALUES = {
     "within": ({"a": [1, {"b": (2, 3)}]}, {"a": [1, {"b": (2, 4)}]}),
     "tensors": (torch.arange(3), torch.arange(3) + 1),
     "classes": (nn.Linear, nn.Conv1d),
+    "functions of C": (torch.softmax, torch.sigmoid),
     "functions": (lambda x: x + 1, lambda x: x + 2),
 }
 
@@ -253,9 +254,35 @@ def test_the_same_code_twice_is_the_same_function():
     made = []
     for _ in range(2):
         scope = {}
-        exec(source, scope)  # noqa: S102
+        exec(source, scope)
         made.append(of_function(scope["function"]))
     assert made[0] == made[1]
+
+
+SOURCE = """
+LAYERS = {layers}
+class Kept:
+    pass
+def pick(states):
+    return [states[layer] for layer in LAYERS{more}]
+def function(batch, outputs):
+    return {{"hidden": list(pick(state) for state in outputs), "logits": helper(outputs)}}
+def helper(outputs):
+    return outputs
+def again(count):
+    return again(count - 1) if count else 0
+"""
+
+
+@pytest.mark.parametrize("changed", [{"layers": [0, 3]}, {"more": "[1:]"}])
+def test_values_and_functions_of_the_same_module_count(changed):
+    made = []
+    for settings in ({}, {}, changed):
+        scope = {"__name__": "a_script"}
+        exec(SOURCE.format(**{"layers": [0, 2], "more": "", **settings}), scope)
+        made.append(of_function(scope["function"]))
+        assert of_function(scope["again"])
+    assert made[0] == made[1] != made[2]
 
 
 def test_an_object_that_holds_itself():

@@ -231,11 +231,11 @@ class BaseDistiller:
         with first_step.explained(student_batch):
             output = module(student_batch, self.student_args[task], task)
         results_S = Views(output["views"], output["projected"], output["captured"])
+        if isinstance(batch, Prepared) and self.cached_run is not None:
+            self.cached_run.check(task, batch, results_S, results_T)
         first = task not in self._checked
         if first:
             first_step.check(results_S, results_T, self.plan)
-            if isinstance(batch, Prepared) and self.cached_run is not None:
-                self.cached_run.check(task, batch, results_S, results_T)
             if share is not None:
                 weighting.check_counts(self.count_positions(student_batch), results_S)
         loss, logs = self.compute_loss(results_S, self._as_results(results_T))

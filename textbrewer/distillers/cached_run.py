@@ -63,6 +63,7 @@ class CachedRun:
 
     def __init__(self, distiller: BaseDistiller, runtime: engine.Runtime, cache: TeacherCache) -> None:
         self.distiller, self.runtime, self.cache = distiller, runtime, cache
+        self._heeds_masks: dict[int, bool] = {}
         self.teachers: dict[str, list[CachedTeacher]] = {}
         custom = [match.module_T for match in distiller.custom_matches]
         for task, models in distiller.teachers.models.items():
@@ -112,16 +113,19 @@ class CachedRun:
         return Prepared(batch, [teacher.look_up(teacher_batch, epoch) for teacher in self.teachers[task]])
 
     def check(self, task: str, batch: Prepared, results_S: Views, results_T: list[Views]) -> None:
-        """Check on a first batch that the losses leave out what was not stored.
+        """Check that the losses leave out what was not stored: their masks on a first batch, then whether rows are padded.
 
         Raises:
-            ValueError: if padding was not stored that they count.
+            CacheError: if padding was not stored that they count.
         """
         for teacher, found, views in zip(self.teachers[task], batch.found or [], results_T, strict=False):
             settled = teacher.space.layout
             if found is None or settled is None or settled.keep_padding:
                 continue
-            if not layout.masks_cover_padding(results_S, views, found.rows, teacher.space.contents):
+            if id(teacher) not in self._heeds_masks:
+                covers = layout.masks_cover_padding(results_S, views, found.rows, teacher.space.contents)
+                self._heeds_masks[id(teacher)] = covers
+            if not self._heeds_masks[id(teacher)] and found.rows.padded:
                 raise CacheError(
                     f"the rows in the teacher cache {str(self.cache.path)!r} were stored without padding, but the "
                     "losses of this run count it: the adaptors' 'inputs_mask' and 'logits_mask' must leave it out; "

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import re
+import types
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_PLAIN = (str, int, float, bool, bytes, type(None), tuple, list, set, frozenset, dict, functools.partial)
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 # Settings that change nothing in logits and features: where a model came from, the names of its labels, and how its own
 # loss is computed, which transformers notes in the configuration during the first forward pass with labels.
@@ -51,7 +53,10 @@ def of_model(model: nn.Module) -> str:
 
 
 def of_function(function: Any) -> str:
-    """Return a hash of what a function does: its code, defaults and the plain values that it closes over."""
+    """Return a hash of what a function does: its code, defaults, and the plain values and functions that it names.
+
+    Those it closes over, and those of its module: another module's are taken to stay as they are.
+    """
     digest = blake2b(digest_size=8)
     _add(digest, function, depth=0)
     return digest.hexdigest()
@@ -71,6 +76,7 @@ def _add(digest: Any, value: Any, depth: int) -> None:
     if code is None and not isinstance(value, type) and callable(value) and depth < 4:
         # An object with __call__: its class's code and its plain attributes.
         digest.update(f"{type(value).__module__}.{type(value).__qualname__};".encode())
+        digest.update(f"{getattr(value, '__qualname__', '')};".encode())
         _add(digest, getattr(type(value).__call__, "__code__", None), depth + 1)
         _add(digest, getattr(value, "__dict__", None), depth + 1)
     elif code is not None and depth < 4:
@@ -79,6 +85,11 @@ def _add(digest: Any, value: Any, depth: int) -> None:
             _add(digest, part, depth + 1)
         for cell in value.__closure__ or ():
             _add(digest, cell.cell_contents, depth + 1)
+        for name in sorted(_names(code) & value.__globals__.keys()):
+            part = value.__globals__[name]
+            if isinstance(part, _PLAIN) or getattr(part, "__module__", None) == value.__module__:
+                digest.update(f"{name}=".encode())
+                _add(digest, part, depth + 1)
     elif hasattr(value, "co_code"):
         digest.update(value.co_code)
         digest.update(repr(value.co_names).encode())
@@ -100,4 +111,11 @@ def _add(digest: Any, value: Any, depth: int) -> None:
             digest.update(f"{name};".encode())
             _add(digest, item, depth + 1)
     else:
-        digest.update(f"{type(value).__module__}.{type(value).__qualname__};".encode())
+        kind = value if isinstance(value, type) else type(value)
+        digest.update(f"{kind.__module__}.{kind.__qualname__};".encode())
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the global names that a function's code reads, and the functions' within it."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*inner)
