@@ -240,7 +240,7 @@ def test_the_largest_logits_alone(tmp_path):
     assert apart(job, whole) > 100 * SAME
     assert job.rows == 24
     all_logits = lm_job(tmp_path / "all", cache_at(tmp_path / "all"), **config).train(data.loader())
-    assert job.cache.info().bytes < 0.6 * all_logits.cache.info().bytes
+    assert job.cache.info().bytes < 0.75 * all_logits.cache.info().bytes
 
 
 @pytest.mark.parametrize("left", [False, True])

@@ -113,7 +113,7 @@ class CachedRun:
         return Prepared(batch, [teacher.look_up(teacher_batch, epoch) for teacher in self.teachers[task]])
 
     def check(self, task: str, batch: Prepared, results_S: Views, results_T: list[Views]) -> None:
-        """Check that the losses leave out what was not stored: their masks on a first batch, then whether rows are padded.
+        """Check that the losses leave out what was not stored, by a first batch's masks and every batch's padding.
 
         Raises:
             CacheError: if padding was not stored that they count.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -222,10 +223,12 @@ class TeacherCache:
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
+        started = time.perf_counter()
         try:
             writing.result()
         except OSError as error:
             self.stop(str(error), self._quiet)
+        self.waited(time.perf_counter() - started)
 
     def stop(self, reason: str, quietly: bool = False) -> None:
         """Write nothing more, and say why unless that is no news."""
