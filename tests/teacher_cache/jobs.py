@@ -1,6 +1,5 @@
 """Small distillations with and without a teacher cache, that count what the teachers do: what these tests share."""
 
-import copy
 import dataclasses
 import logging
 
@@ -120,11 +119,6 @@ def cache_at(folder, dtype="float32", **options):
     return TeacherCache(folder / "cache", dtype, **options)
 
 
-def warned(record):
-    """The texts of this library's warnings."""
-    return [str(item.message) for item in record if item.filename.find("torch") < 0]
-
-
 class Varied:
     """Rows of different lengths, padded to the longest of their batch, on the right or on the left."""
 
@@ -159,14 +153,6 @@ class Varied:
 
     def loader(self, batch_size=4, shuffle=True):
         return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=self.collate)
-
-
-def twin(model):
-    """The same model without the watches on it."""
-    other = copy.deepcopy(model)
-    other._forward_pre_hooks.clear()
-    other._forward_pre_hooks_with_kwargs.clear()
-    return other
 
 
 @pytest.fixture

@@ -93,7 +93,10 @@ def test_the_loss_of_what_is_kept_is_that_of_the_live_views(loss, negative, mask
         match = match_of(loss, numbers if loss in PAIRS else numbers[0])
     live, views_S = some_views(mask=mask), some_views(phase=3.0, mask=mask)
     contents = contents_of(match, whole=[0] if whole else [])
-    kept = contents.views(contents.tensors(live), contents.counts(live))
+    tensors = contents.tensors(live)
+    if not whole:
+        assert {name for name in tensors if name not in BASE} == KEPT[loss]
+    kept = contents.views(tensors, contents.counts(live))
     has_form = form_of(MATCH_LOSS_MAP[loss]) is not None
     assert (0 in kept.reduced) is (has_form and not whole)
     expected = loss_of(0, match, live, views_S)

@@ -175,6 +175,11 @@ def test_the_dtype_counts(dtype):
     assert keys_of(base(dtype)) == keys_of(base(dtype))
 
 
+def test_the_same_bytes_of_another_dtype_are_another_row():
+    numbers = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    assert not set(keys_of(numbers)) & set(keys_of(numbers.view(torch.float32)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
 def test_rows_of_any_kind_of_number(dtype):
     """Images, say: rows without positions, told apart by their last value."""
@@ -244,7 +249,7 @@ def test_any_value_but_zero_in_the_mask_keeps_its_position():
 )
 def test_a_batch_without_rows_is_refused_with_the_remedy(batch):
     with pytest.raises(
-        TypeError, match=r"a teacher cache needs batches of tensors with one row an example.*train without teacher_cache"
+        TypeError, match=r"a teacher cache needs batches of tensors with one row.*train without teacher_cache"
     ):
         rows_of(batch, None, False)
 

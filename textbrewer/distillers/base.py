@@ -190,14 +190,14 @@ class BaseDistiller:
             number: the teacher's number.
             student_has_losses: whether the student's adaptor is known to return ``losses``.
         """
-        own_target = type(self).kd_target.__module__.startswith("textbrewer.") and "kd_target" not in vars(self)
-        if self.reads_everything() or not own_target or not self._may_skip():
+        if self.reads_everything() or not self._may_skip():
             return None
         return needs_of(number, self.d_config, self.plan, self.custom_matches, student_has_losses)
 
     def reads_everything(self) -> bool:
-        """Return whether ``compute_loss`` is the user's own, which may read all that the adaptors return."""
-        return getattr(self.compute_loss, "__func__", None) is not BaseDistiller.compute_loss
+        """Return whether ``compute_loss`` or ``kd_target`` is the user's own, which may read everything."""
+        own_target = type(self).kd_target.__module__.startswith("textbrewer.") and "kd_target" not in vars(self)
+        return not own_target or getattr(self.compute_loss, "__func__", None) is not BaseDistiller.compute_loss
 
     def count_positions(self, batch: Any) -> weighting.Counts:
         """Count what the losses average over in a student's batch; override for batches of your own.
@@ -221,9 +221,7 @@ class BaseDistiller:
             student_batch, results_T = split(batch.batch)[1], self._recall(batch)
         elif isinstance(batch, Prepared):
             teacher_batch, student_batch, stored = split(batch.batch)
-            results_T = self.teachers.views(
-                self.runtime, task, teacher_batch, self.model_args, stored, batch.found
-            )
+            results_T = self.teachers.views(self.runtime, task, teacher_batch, self.model_args, stored, batch.found)
         else:
             teacher_batch, student_batch, stored = split(batch)
             results_T = self.teachers.views(self.runtime, task, teacher_batch, self.model_args, stored)

@@ -13,7 +13,7 @@ from torch import Tensor
 from textbrewer.adaptors import Views
 from textbrewer.distillers.needs import Needs
 from textbrewer.teacher_cache import CacheError, Found, Space
-from textbrewer.teacher_cache.keys import entries_of, row_count
+from textbrewer.teacher_cache.keys import entries_of, is_list_of_rows, row_count
 
 Run = Callable[[Any, Needs | None], Views]
 """Runs the teacher on a batch on the device; with needs, no further than these ask."""
@@ -65,11 +65,11 @@ class CachedTeacher:
         live: Mapping[str, Tensor] = {}
         missing = found.missing
         if missing:
-            live = self._fill(batch, found, missing, alone=not recomputed)
+            live = self._fill(batch, found, missing, recomputed)
         elif recomputed:
             live = self.space.contents.tensors(self._live(batch, needs_for(recomputed)))
-        tensors = found.tensors(self.to_device)
-        return self.space.views({**tensors, **{name: live[name] for name in recomputed if name in live}})
+            live = {name: live[name] for name in recomputed}
+        return self.space.views({**self.space.tensors(found, self.to_device), **live})
 
     def store(self, batch: Any, views: Views) -> None:
         """Store the views of a batch that was run already."""
@@ -81,17 +81,22 @@ class CachedTeacher:
     def _recomputed(self) -> Sequence[str]:
         return () if self.space.layout is None else self.space.layout.recomputed
 
-    def _fill(self, batch: Any, found: Found, missing: Sequence[int], alone: bool) -> Mapping[str, Tensor]:
-        """Run the teacher on the missing rows (``alone``) or the whole batch, and store them."""
+    def _fill(
+        self, batch: Any, found: Found, missing: Sequence[int], recomputed: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """Run the teacher on the missing rows and store them; return the tensors that are not stored.
+
+        For those the teacher is run on the whole batch.
+        """
         count = len(found.entries)
-        numbers = list(missing) if alone and len(missing) < count else list(range(count))
+        numbers = list(range(count)) if recomputed else list(missing)
         started = time.perf_counter()
         views = self._live(batch if len(numbers) == count else rows_only(batch, numbers), None)
         live = self.space.contents.tensors(views)
         if any(tensor.is_cuda for tensor in live.values()):
             torch.cuda.synchronize()
         self.space.add(found, live, numbers, time.perf_counter() - started)
-        return live
+        return {name: live[name] for name in recomputed}
 
     def _live(self, batch: Any, needs: Needs | None) -> Views:
         if self.run is None:
@@ -111,10 +116,10 @@ def rows_only(batch: Any, numbers: Sequence[int]) -> Any:
     def pick(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() > 0 and len(value) == count:
             return value.index_select(0, index.to(value.device))
-        return value
+        return type(value)(value[number] for number in numbers) if is_list_of_rows(value, count) else value
 
     if isinstance(batch, Mapping):
-        return {name: pick(value) for name, value in batch.items()}
+        return type(batch)({name: pick(value) for name, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(pick, batch))
     if isinstance(batch, (tuple, list)):

@@ -65,6 +65,7 @@ def precompute(
     config = distill_config if distill_config is not None else DistillationConfig()
     checks.is_a(config, DistillationConfig, "distill_config", "a DistillationConfig")
     train_config = train_config if train_config is not None else TrainingConfig()
+    checks.is_a(train_config, TrainingConfig, "train_config", "a TrainingConfig")
     plan = plan_matches(config.intermediate_matches)
     checks.is_a(task, str, "task", "a task's name")
     checks.integer(number, "number", minimum=0)

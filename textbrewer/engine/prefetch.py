@@ -82,5 +82,7 @@ class PreparedBatches(LoaderBatches):
         return self._thread.submit(self._prepare, batch, self._passes)
 
     def close(self) -> None:
-        """Finish the thread."""
+        """Finish the thread, and let go of the loader's workers."""
         self._thread.shutdown(cancel_futures=True)
+        # It refers to this object: left to the garbage collection, a loader's workers are only ended after 5 seconds.
+        self._iterator = None

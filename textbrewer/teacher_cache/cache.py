@@ -13,6 +13,7 @@ from pathlib import Path
 
 from textbrewer import checks
 from textbrewer.teacher_cache.items import DTYPES
+from textbrewer.teacher_cache.planning import bytes_on_disk
 from textbrewer.teacher_cache.sizes import in_bytes, parse_bytes
 from textbrewer.teacher_cache.store import Store
 
@@ -113,6 +114,8 @@ class TeacherCache:
         self._store: Store | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+        # The space and the rows that are on their way to the disk.
+        self._pending: tuple[str, Mapping[bytes, bytes]] = "", {}
         self._found = self._missing = 0
         self._waited = self._saved = 0.0
 
@@ -186,7 +189,12 @@ class TeacherCache:
 
     def read(self, space: str, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return each key's bytes, ``None`` where there are none."""
-        return self.store.get(space, keys)
+        # Noted before the file is read: what is not in it yet is among these.
+        written_to, entries = self._pending
+        values = self.store.get(space, keys)
+        if written_to != space:
+            return values
+        return [entries.get(key) if value is None else value for key, value in zip(keys, values, strict=True)]
 
     def count(self, found: int, missing: int, saved: float) -> None:
         """Count look-ups, and the teacher's seconds that they saved."""
@@ -209,14 +217,14 @@ class TeacherCache:
         self.flush()
         if self.stopped is not None or not entries:
             return
-        if self.room() < sum(len(value) for value in entries.values()):
+        if self.room() < sum(bytes_on_disk(len(value)) for value in entries.values()):
             limit = "max_bytes is reached" if self.max_bytes is not None else "the disk has less than 1 GB left"
             self.stop(limit, quietly)
             return
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
-        self._quiet = quietly
-        self._writing = self._writer.submit(self.store.put, space, dict(entries))
+        self._quiet, self._pending = quietly, (space, dict(entries))
+        self._writing = self._writer.submit(self.store.put, *self._pending)
 
     def flush(self) -> None:
         """Wait until what was handed over is on the disk; a failure stops the caching with a warning."""
@@ -228,6 +236,7 @@ class TeacherCache:
             writing.result()
         except OSError as error:
             self.stop(str(error), self._quiet)
+        self._pending = "", {}
         self.waited(time.perf_counter() - started)
 
     def stop(self, reason: str, quietly: bool = False) -> None:

@@ -102,6 +102,9 @@ class Contents:
                 entries.setdefault(key, [None] * counts[key])[int(place)] = value
         views = Views(entries, captured=captured)
         for number, match in self.matches:
+            if match.feature in counts:
+                # Also where no layer was kept: it is then told of the layer, not of the feature, that it is missing.
+                views.setdefault(match.feature, [None] * counts[match.feature])
             form = self.form(number, match)
             if form is not None and match.feature in counts:
                 name = form_name(form, match, counts[match.feature])

@@ -92,7 +92,11 @@ def rows_of(batch: Any, mask_name: str | None, keep_padding: bool) -> Rows:
     common = blake2b(digest_size=KEY_BYTES)
     by_row: list[tuple[np.ndarray[Any, Any], bool]] = []
     for name, value in sorted(entries.items()):
-        if not isinstance(value, Tensor):
+        if is_list_of_rows(value, count):
+            common.update(f"{name}:list;".encode())
+            digests = b"".join(_digest(item) for item in value)
+            by_row.append((np.frombuffer(digests, np.uint8).reshape(count, KEY_BYTES), False))
+        elif not isinstance(value, Tensor):
             common.update(f"{name}=".encode())
             _add_plain(common, value)
         elif value.dim() == 0 or len(value) != count:
@@ -100,6 +104,8 @@ def rows_of(batch: Any, mask_name: str | None, keep_padding: bool) -> Rows:
             common.update(_array(value).tobytes())
         else:
             positional = mask is not None and value.shape[:2] == mask.shape
+            # Numbers of a row beside its tokens, which may by chance be as many.
+            positional = positional and not (value.dim() == 2 and value.is_floating_point())
             width = tuple(value.shape[2 if positional else 1 :])
             common.update(f"{name}:{value.dtype}:{width};".encode())
             by_row.append((_array(value), positional))
@@ -129,6 +135,16 @@ def _key(
     for values, positional in by_row:
         digest.update((values[row][places] if positional else values[row]).tobytes())
     return bytes(digest.digest())
+
+
+def is_list_of_rows(value: Any, count: int) -> bool:
+    """Return whether an entry is a list of one plain value a row, such as texts."""
+    plain = (str, bytes, int, float, bool)
+    return isinstance(value, (list, tuple)) and len(value) == count and all(isinstance(item, plain) for item in value)
+
+
+def _digest(value: object) -> bytes:
+    return blake2b(f"{type(value).__name__}:{value!r}".encode(), digest_size=KEY_BYTES).digest()
 
 
 def _add_plain(digest: Any, value: Any) -> None:

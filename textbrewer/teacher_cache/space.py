@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from textbrewer import checks
 from textbrewer.adaptors import Views
 from textbrewer.teacher_cache import codec, layout
-from textbrewer.teacher_cache.codec import Gathered
 from textbrewer.teacher_cache.contents import Contents
 from textbrewer.teacher_cache.errors import CacheError
 from textbrewer.teacher_cache.found import Found
@@ -183,9 +182,7 @@ class Space:
         found = Found(rows, entries, length=0 if rows.kept is None else rows.kept.shape[1])
         missing = len(found.missing)
         if not missing:
-            found.gathered = self._gather(found)
-            # Read, and so many bytes that need not be kept.
-            found.entries = [b""] * len(entries)
+            self._gather(found)
         hits = len(entries) - missing
         self.cache.count(hits, missing, hits * self._cost())
         self._watch(epoch, len(entries), hits)
@@ -207,14 +204,27 @@ class Space:
         if before < enough <= self._later and self.cache.stopped is None:
             self.aside = self._later_found < _HARDLY_ANY * self._later
 
-    def _gather(self, found: Found) -> list[Gathered]:
+    def _gather(self, found: Found) -> None:
+        """Put a batch's rows side by side; the bytes that they were read from are let go."""
         entries = [entry for entry in found.entries if entry is not None]
-        return codec.gather(self._settled().items, entries, layout.places_of(found.rows), found.length)
+        found.gathered = codec.gather(self._settled().items, entries, layout.places_of(found.rows), found.length)
+        found.entries = [b""] * len(entries)
+
+    def tensors(self, found: Found, to_device: Callable[[Any], Any]) -> dict[str, Tensor]:
+        """Return the stored tensors of a batch of which no row is missing, by name, in the types they came in.
+
+        Args:
+            found: the batch.
+            to_device: brings tensors to a device.
+        """
+        if found.gathered is None:
+            self._gather(found)
+        return {item.item.name: item.tensor(to_device) for item in found.gathered or []}
 
     def add(self, found: Found, tensors: Mapping[str, Tensor], numbers: Sequence[int], seconds: float | None) -> None:
         """Store rows that were missing, and complete what was found.
 
-        The losses get the rows as they were stored, so that a later epoch sees the same numbers.
+        The losses get the rows as they are stored, so that a later epoch sees the same numbers.
 
         Args:
             found: what was found.
@@ -231,7 +241,6 @@ class Space:
             if row in missing:
                 found.entries[row] = entry
                 fresh[found.rows.keys[row]] = entry
-        found.gathered = self._gather(found)
         if seconds is not None:
             self._computed += len(numbers)
             self._seconds += seconds

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from textbrewer.teacher_cache.errors import CacheError
+from textbrewer.teacher_cache.files import check_folder, lengthen
 
 FORMAT = 1
 _HEADER = b"textbrewer teacher cache"
@@ -19,8 +20,10 @@ _SPACES = "spaces"
 _MOST_SPACES = 512
 # Of a disk's free space, a cache without a limit leaves this.
 _LEFT_FREE = 1 << 30
+# LMDB maps its lock file before it is known to fit: on a full disk, the process would be killed at once (SIGBUS).
+_NEEDED = 1 << 20
 # Pages of the file that were read count as this process's memory, so the file is mapped anew after this many bytes.
-_MAPPED = 64 << 20
+_MAPPED = 16 << 20
 # Pages at the end that LMDB gave out in a transaction, took back, and never wrote.
 _UNWRITTEN_PAGES = 16
 
@@ -63,8 +66,10 @@ class Store:
         self._spaces: dict[str, Any] = {}
         self._read = 0
         self._env: Any = None
-        _check_folder(path)
+        check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
+        if not (path / "lock.mdb").exists() and shutil.disk_usage(path).free < _NEEDED:
+            raise self._damaged(self.lmdb.DiskError("No space left on device"))
         used = self._file_size()
         free = max(shutil.disk_usage(path).free - _LEFT_FREE, 0)
         self._limit = max(used + free if max_bytes is None else max_bytes, 1 << 20)
@@ -90,6 +95,7 @@ class Store:
         if self._file_size() < (info["last_pgno"] + 1 - _UNWRITTEN_PAGES) * page:
             self.close()
             raise self._damaged("it is shorter than it says")
+        lengthen(self.path / "data.mdb", (info["last_pgno"] + 1) * page)
 
     def _damaged(self, reason: object) -> CacheError:
         lmdb = self.lmdb
@@ -186,7 +192,8 @@ class Store:
             except self.lmdb.Error as error:
                 # A write that failed half way leaves the open file unusable, not what is on the disk.
                 self._reopen()
-                raise OSError(str(error)) from error
+                full = shutil.disk_usage(self.path).free < _NEEDED
+                raise OSError(f"the disk is full: {error}" if full else str(error)) from error
 
     def describe(self, name: str, make: Callable[[], Mapping[str, Any]] | None = None) -> dict[str, Any] | None:
         """Return what is noted of a space; where nothing is, note what ``make`` gives (first come, first served).
@@ -274,15 +281,3 @@ class Store:
             return os.path.getsize(self.path / "data.mdb")
         except OSError:
             return 0
-
-
-def _check_folder(path: Path) -> None:
-    """Raise CacheError unless the folder is new, empty, or holds an LMDB file."""
-    if path.exists() and not path.is_dir():
-        raise CacheError(f"a teacher cache is a folder, {str(path)!r} is a file; name another path")
-    if path.is_dir() and not (path / "data.mdb").exists():
-        others = sorted(item.name for item in path.iterdir() if item.name != "lock.mdb")
-        if others:
-            raise CacheError(
-                f"{str(path)!r} is no teacher cache, it holds {', '.join(others[:3])}; name a new or empty folder"
-            )
