@@ -289,3 +289,42 @@ def test_an_object_that_holds_itself():
     first, second = Called(1), Called(1)
     first.me, second.me = first, second
     assert of_function(first) == of_function(second)
+
+
+class Scaled(nn.Module):
+    """A module of the user's own: a setting that is in no configuration, and a buffer that is not saved."""
+
+    def __init__(self, scale=1.0, shift=0.0):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.scale, self.calls, self._seen = scale, [], 0
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+        nn.init.ones_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        self.calls.append(1)
+        self._seen += 1
+        return self.linear(x) * self.scale + self.shift
+
+
+class Shifted(Scaled):
+    def forward(self, x):
+        return self.linear(x) + self.scale
+
+
+def test_settings_and_code_of_own_modules_count():
+    prints = [of_model(model) for model in (Scaled(), Scaled(scale=2.0), Scaled(shift=1.0), Shifted())]
+    assert len(set(prints)) == 4
+    same = type(
+        "Scaled", (Scaled,), {"forward": Shifted.forward, "__module__": Scaled.__module__, "__qualname__": "Scaled"}
+    )
+    assert of_model(same()) != prints[0]
+
+
+def test_what_a_module_notes_of_its_calls_does_not_count():
+    model = Scaled()
+    before = of_model(model)
+    model(torch.ones(1, 2))
+    model.eval()
+    assert of_model(model) == before

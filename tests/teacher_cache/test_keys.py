@@ -263,3 +263,24 @@ def test_the_batch_is_not_changed():
     before = {name: value.clone() for name, value in batch.items()}
     keys_of(batch)
     assert all(torch.equal(batch[name], before[name]) for name in before)
+
+
+def test_texts_belong_to_their_row():
+    """A list of one text a row: the row's own text counts, and no other's."""
+    ids = torch.tensor([[5, 6], [7, 8]])
+    first = rows_of({"input_ids": ids, "text": ["a", "b"]}, None, False).keys
+    other = rows_of({"input_ids": ids, "text": ["a", "c"]}, None, False).keys
+    alone = rows_of({"input_ids": ids[:1], "text": ["a"]}, None, False).keys
+    assert first[0] == other[0] == alone[0]
+    assert first[1] != other[1]
+
+
+def test_real_numbers_beside_the_tokens_count_whole():
+    """As many as the row has tokens, by chance: the mask is not theirs."""
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 0]] * 2),
+        "attention_mask": torch.tensor([[1, 1, 0]] * 2),
+        "features": torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 9.0]]),
+    }
+    keys = rows_of(batch, None, False).keys
+    assert keys[0] != keys[1]

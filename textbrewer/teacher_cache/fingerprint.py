@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (str, int, float, bool, bytes, type(None), tuple, list, set, frozenset, dict, functools.partial)
+# Modules of these have their settings in their repr or in the model's configuration.
+_LIBRARIES = ("torch.", "transformers.")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 # Settings that change nothing in logits and features: where a model came from, the names of its labels, and how its own
 # loss is computed, which transformers notes in the configuration during the first forward pass with labels.
@@ -42,7 +44,12 @@ def of_model(model: nn.Module) -> str:
         if isinstance(settings, Mapping):
             settings = {str(name): value for name, value in settings.items() if name not in _NO_MATTER}
         digest.update(_ADDRESS.sub("", json.dumps(settings, sort_keys=True, default=repr)).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for module in model.modules():
+        if not type(module).__module__.startswith(_LIBRARIES):
+            # A class of the user's own: what it computes is in its code and plain attributes, in no configuration.
+            digest.update(of_function(type(module).forward).encode())
+            _add(digest, {name: value for name, value in vars(module).items() if _is_setting(name, value)}, depth=0)
+    for name, value in sorted({**model.state_dict(), **dict(model.named_buffers())}.items()):
         if not isinstance(value, Tensor):
             digest.update(f"{name}={value!r};".encode())
             continue
@@ -50,6 +57,10 @@ def of_model(model: nn.Module) -> str:
         flat = value.detach().reshape(-1).cpu().contiguous()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool)) and name != "training" and not name.startswith("_")
 
 
 def of_function(function: Any) -> str:
@@ -63,6 +74,7 @@ def of_function(function: Any) -> str:
 
 
 def _add(digest: Any, value: Any, depth: int) -> None:
+    """Add a function, or a value that one uses, to a hash."""
     if isinstance(value, functools.partial):
         for part in (value.func, *value.args, *sorted(value.keywords.items())):
             _add(digest, part, depth + 1)
@@ -95,7 +107,12 @@ def _add(digest: Any, value: Any, depth: int) -> None:
         digest.update(repr(value.co_names).encode())
         for constant in value.co_consts:
             _add(digest, constant, depth + 1)
-    elif isinstance(value, (str, int, float, bool, bytes, type(None))):
+    else:
+        _add_value(digest, value, depth)
+
+
+def _add_value(digest: Any, value: Any, depth: int) -> None:
+    if isinstance(value, (str, int, float, bool, bytes, type(None))):
         digest.update(f"{value!r};".encode())
     elif isinstance(value, (tuple, list)):
         for item in value:

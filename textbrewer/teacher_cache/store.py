@@ -89,6 +89,8 @@ class Store:
                 readahead=False,
                 max_spare_txns=2,
             )
+            # Readers that were killed would keep old pages from being used again.
+            self._env.reader_check()
             info, page = self._env.info(), self._env.stat()["psize"]
         except self.lmdb.Error as error:
             raise self._damaged(error) from error
