@@ -53,7 +53,7 @@ def mask_of(entries: Mapping[str, Any], name: str | None) -> Tensor | None:
     mask = entries.get(DEFAULT_MASK if name is None else name)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    return (mask != 0).cpu()
+    return torch.from_numpy(_array(mask) != 0)
 
 
 def row_count(entries: Mapping[str, Any]) -> int:
@@ -169,8 +169,11 @@ def _add_plain(digest: Any, value: Any) -> None:
 
 
 def _array(value: Tensor) -> np.ndarray[Any, Any]:
-    """Return a tensor's values as an array on the CPU; those of types that NumPy has not, as their bits."""
-    value = value.detach().cpu().contiguous()
+    """Return a tensor's values as an array on the CPU; those of types that NumPy has not, as their bits.
+
+    Nothing is computed by torch, which starts threads of its own for each thread that computes with it.
+    """
+    value = value.detach().cpu()
     if value.dtype == torch.bfloat16:
         value = value.view(torch.int16)
-    return value.numpy()
+    return np.ascontiguousarray(value.numpy())
