@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -135,7 +135,8 @@ class Teachers:
         if stored is not None:
             stored, batch = runtime.to_device(stored), runtime.to_device(batch)
             outputs = stored if len(numbers) > 1 else [stored]
-            return [self._read(task, number, batch, outputs[number], {}) for number in numbers]
+            with torch.no_grad():
+                return [self._read(task, number, batch, outputs[number], {}) for number in numbers]
         if found is not None:
             return [self.cached[task][number].views(batch, found[number]) for number in numbers]
         batch = runtime.to_device(batch)
@@ -148,8 +149,7 @@ class Teachers:
             return self._forward(task, number).views(run)
 
     def _read(self, task: str, number: int, batch: Any, raw: Any, captured: Mapping[int, Any]) -> Views:
-        with torch.no_grad():
-            views = adaptors.normalise(self.adaptors[task][number](batch, raw), "adaptor_T")
+        views = adaptors.normalise(self.adaptors[task][number](batch, raw), "adaptor_T")
         return Views(views, captured=captured)
 
     def _run(
@@ -165,7 +165,8 @@ class Teachers:
         arguments = {**adaptors.auto_arguments(self.adaptors[task][number], self.features), **model_args}
         watched = self.custom_modules if number == 0 else []
         layers = self._int8.get(id(model))
-        with layers.in_place() if layers else nullcontext(), recording(watched) as captured, runtime.teacher_autocast():
+        listening: AbstractContextManager[dict[int, Any]] = recording(watched) if watched else nullcontext({})
+        with layers.in_place() if layers else nullcontext(), listening as captured, runtime.teacher_autocast():
             raw = call(model, batch, arguments)
         missing = set(range(len(watched))) - captured.keys()
         if missing:
