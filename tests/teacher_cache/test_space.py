@@ -431,3 +431,17 @@ def test_a_note_of_the_cost_that_fails_is_no_error(cache):
     cache.store.note = fail
     space.finish()
     assert "seconds_a_row" not in cache.store.describe(space.name)
+
+
+def test_the_plan_tells_of_rows_that_do_not_serve(tmp_path):
+    """A teacher that was not meant to change may have: the second teacher's line says that there is another's rows."""
+    lines = []
+    with TeacherCache(tmp_path / "cache").opened() as cache:
+        for name in ("one", "other"):
+            space = Space(cache, {"teacher": name, "temperature": None}, Contents([], everything=False))
+            space.open()
+            batch = {"x": torch.arange(6.0).reshape(3, 2)}
+            space.settle(batch, Views({"logits": [torch.zeros(3, 2)]}), None, 3)
+            lines.append(space.plan_line)
+    assert "also has rows" not in lines[0]
+    assert lines[1].endswith("the folder also has rows of 1 other teachers, adaptors or choices of losses")

@@ -158,6 +158,10 @@ class Space:
             line += f"; recomputes {layout.in_words(settled.recomputed)} (max_bytes)"
         if settled.share_of_rows < 1:
             line += f"; that is {settled.share_of_rows:.0%} of the rows (max_bytes), the others are recomputed"
+        others = len(self.cache.store.spaces().keys() - {self.name})
+        if others:
+            # Said because a teacher that was not meant to change may have changed.
+            line += f"; the folder also has rows of {others} other teachers, adaptors or choices of losses"
         return line
 
     def _has_mask(self) -> bool:
