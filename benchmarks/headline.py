@@ -16,7 +16,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -499,3 +499,20 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compare_all(options: argparse.Namespace, compare: Callable[[Job], list[str]]) -> int:
+    """Compare each shape that the command line asks for; return the exit status, 1 where the work was not the same.
+
+    Args:
+        options: the command line's.
+        compare: prints the tables of a job, and returns what was not the same.
+    """
+    problems = []
+    for shape in chosen(options):
+        print(f"### {shape}, {options.size}\n", flush=True)
+        problems += compare(make_job(options, shape))
+        print()
+    for problem in problems:
+        print(f"NOT THE SAME WORK: {problem}", file=sys.stderr)
+    return 1 if problems else 0

@@ -30,7 +30,7 @@ import headline
 import torch
 import workers
 from headline import ROOT, Job, Loaded
-from workers import Channel, Worker
+from workers import Channel
 
 EPOCHS = 2
 STATUS = Path("/proc/self/status")
@@ -109,19 +109,10 @@ def work(side: str, job: Job, folder: Path, threads: int) -> None:
 
 def measure(side: str, job: Job, folder: Path, options: argparse.Namespace, original: str) -> dict[str, Any]:
     """Run a competitor in a new process and return its figures."""
-    arguments = json.dumps({"side": side, "job": dataclasses.asdict(job), "folder": str(folder)})
-    theirs = side == "textbrewer"
-    command = [original if theirs else sys.executable, str(Path(__file__).resolve()), "--worker", arguments]
-    command += ["--threads", str(options.threads)]
+    arguments = {"side": side, "job": dataclasses.asdict(job), "folder": str(folder)}
     log = ROOT / "runs" / "memory" / f"{job.shape}-{side}.log"
-    worker = Worker(SIDES[side], command, options.threads, log, None if theirs else ROOT)
-    try:
-        message = worker.receive()
-    finally:
-        worker.close()
-    if theirs:
-        workers.check_original(message["version"])
-    return message
+    theirs = original if side == "textbrewer" else None
+    return workers.run_once(SIDES[side], __file__, arguments, options.threads, log, theirs)
 
 
 def megabytes(values: list[int]) -> str:

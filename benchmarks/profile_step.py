@@ -30,7 +30,7 @@ import workers
 from headline import ROOT, Job, Loaded
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from workers import Channel, Worker
+from workers import Channel
 
 SIDES = {"textbrewer": "TextBrewer", "uncached": "library, no cache", "cached": "library, cached"}
 WAITING, REST = "waiting for the cache", "the rest"
@@ -170,19 +170,10 @@ def work(side: str, precision: str, job: Job, threads: int) -> None:
 
 def measure(side: str, job: Job, options: argparse.Namespace, original: str) -> dict[str, Any]:
     """Run one side in a process of its own."""
-    theirs = side == "textbrewer"
-    arguments = json.dumps({"side": side, "job": dataclasses.asdict(job), "precision": options.precision})
-    command = [original if theirs else sys.executable, str(Path(__file__).resolve()), "--worker", arguments]
-    command += ["--threads", str(options.threads)]
+    arguments = {"side": side, "job": dataclasses.asdict(job), "precision": options.precision}
     log = ROOT / "runs" / "profile_step" / f"{job.shape}-{side}.log"
-    worker = Worker(SIDES[side], command, options.threads, log, None if theirs else ROOT)
-    try:
-        found = worker.receive()
-    finally:
-        worker.close()
-    if theirs:
-        workers.check_original(found["version"])
-    return found
+    theirs = original if side == "textbrewer" else None
+    return workers.run_once(SIDES[side], __file__, arguments, options.threads, log, theirs)
 
 
 def cell(value: float, whole: float) -> str:

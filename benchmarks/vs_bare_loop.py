@@ -278,14 +278,7 @@ def main() -> int:
     if options.steps < WARM_UP + 1:
         parser.error(f"--steps must be at least {WARM_UP + 1}, got {options.steps}")
     headline.print_header(options.threads, textbrewer=textbrewer.__version__)
-    problems = []
-    for shape in headline.chosen(options):
-        print(f"### {shape}, {options.size}\n", flush=True)
-        problems += compare(headline.make_job(options, shape), options)
-        print()
-    for problem in problems:
-        print(f"NOT THE SAME WORK: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return headline.compare_all(options, lambda job: compare(job, options))
 
 
 if __name__ == "__main__":

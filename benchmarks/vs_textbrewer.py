@@ -380,17 +380,14 @@ def main() -> int:
         return 0
     original = workers.original_python(options.original_python) if TEXTBREWER in options.sides else ""
     headline.print_header(options.threads)
-    problems = []
-    for shape in headline.chosen(options):
-        job = headline.make_job(options, shape)
-        print(f"### {shape}, {options.size}\n")
-        problems += report(job, alternate(job, options, original))
+
+    def compare(job: Job) -> list[str]:
+        problems = report(job, alternate(job, options, original))
         if any(SIDES[name].cache for name in options.sides) and (options.fresh or options.check_weights):
             problems += fresh_checks(job, options)
-        print()
-    for problem in problems:
-        print(f"NOT THE SAME WORK: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+        return problems
+
+    return headline.compare_all(options, compare)
 
 
 if __name__ == "__main__":

@@ -201,3 +201,28 @@ def warm_up(loaded: headline.Loaded, student: nn.Module, precision: str) -> None
         with torch.no_grad():
             loaded.teacher(**batch)
         student(**batch).logits.float().sum().backward()
+
+
+def run_once(
+    title: str, script: str, arguments: dict[str, Any], threads: int, log: Path, original: str | None = None
+) -> dict[str, Any]:
+    """Run a benchmark's own ``--worker`` in a new process and return the one message that it sends.
+
+    Args:
+        title: of the competitor, for messages.
+        script: the benchmark's file.
+        arguments: for its worker, as plain values.
+        threads: of torch.
+        log: file for what it prints.
+        original: the Python that has the original TextBrewer; ``None``: this one, with this library.
+    """
+    command = [original or sys.executable, str(Path(script).resolve()), "--worker", json.dumps(arguments)]
+    command += ["--threads", str(threads)]
+    worker = Worker(title, command, threads, log, None if original else headline.ROOT)
+    try:
+        message = worker.receive()
+    finally:
+        worker.close()
+    if original:
+        check_original(message["version"])
+    return message

@@ -9,6 +9,7 @@ from typing import Any
 from textbrewer.adaptors import FEATURES, Views
 from textbrewer.configurations import DistillationConfig
 from textbrewer.matching import CustomMatch, PlannedMatch
+from textbrewer.teacher_cache.contents import layers_of, resolved
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,6 @@ class Needs:
         return Views(kept, captured=views.captured)
 
 
-def resolved(layers: frozenset[int], count: int) -> set[int]:
-    """Return the numbers from the front of those layers that a list of ``count`` has."""
-    return {layer % count for layer in layers if -count <= layer < count}
-
-
 def needs_of(
     number: int,
     config: DistillationConfig,
@@ -85,6 +81,5 @@ def needs_of(
     for planned in plan:
         match = planned.match
         if match.weight and match.teacher == number:
-            numbers = match.layer_T if isinstance(match.layer_T, list) else [match.layer_T]
-            layers.setdefault(match.feature, set()).update(numbers)
+            layers.setdefault(match.feature, set()).update(layers_of(match))
     return Needs(config.kd_loss_weight != 0, {feature: frozenset(item) for feature, item in layers.items()})

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from textbrewer.adaptors import FEATURES, Views
-from textbrewer.distillers.needs import Needs, resolved
+from textbrewer.distillers.needs import Needs
 from textbrewer.engine import rng_kept
+from textbrewer.teacher_cache.contents import resolved
 
 __all__ = ["Needs", "Place", "Stack", "TeacherForward", "find_stack", "places_of"]
 

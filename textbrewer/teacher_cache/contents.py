@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -78,7 +78,7 @@ class Contents:
                 continue
             form = self.form(number, match)
             if form is None:
-                for layer in _resolved(layers_of(match), len(views[match.feature])):
+                for layer in sorted(resolved(layers_of(match), len(views[match.feature]))):
                     if views[match.feature][layer] is not None:
                         kept[f"{match.feature}/{layer}"] = views[match.feature][layer]
                 continue
@@ -137,8 +137,9 @@ def depth_of(name: str) -> float:
     return float("inf")
 
 
-def _resolved(layers: Sequence[int], count: int) -> list[int]:
-    return sorted({layer % count for layer in layers if -count <= layer < count})
+def resolved(layers: Iterable[int], count: int) -> set[int]:
+    """Return the numbers from the front of those layers that a list of ``count`` has."""
+    return {layer % count for layer in layers if -count <= layer < count}
 
 
 def _feature(views: Views, match: IntermediateMatch) -> Any:
