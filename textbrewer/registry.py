@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from textbrewer.names import suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+_BUILDER = "is_builder"
+
+
+def builder(function: F) -> F:
+    """Note on an entry that it must be called with its parameters, and what it returns is what does the work."""
+    setattr(function, _BUILDER, True)
+    return function
 
 
 class Registry(dict[str, Callable[..., Any]]):
@@ -75,8 +86,12 @@ class Registry(dict[str, Callable[..., Any]]):
         Raises:
             KeyError: if the name is not in the table.
             TypeError: if the arguments do not fit the entry.
+            ValueError: if the entry is a :func:`builder` and no arguments are given.
         """
         if isinstance(spec, str):
+            if getattr(self[spec], _BUILDER, False):
+                needed = ", ".join(inspect.signature(self[spec]).parameters)
+                raise ValueError(f"{self.kind} {spec!r} needs its parameters: write [{spec!r}, {needed}]")
             return self[spec]
         if not isinstance(spec, (list, tuple)) or not spec:
             raise TypeError(f"a {self.kind} must be a name or a list [name, *arguments], got {spec!r}")
@@ -87,6 +102,58 @@ class Registry(dict[str, Callable[..., Any]]):
             return function(*arguments)
         except TypeError as error:
             raise TypeError(f"{self.kind} {list(spec)!r}: {error}") from error
+
+    def bound(self, spec: str | Sequence[Any]) -> Callable[..., Any]:
+        """Return an entry, with its own constants set.
+
+        Args:
+            spec: a name: the entry itself; ``[name, {keyword: value}]``: the entry with these keywords given.
+
+        Raises:
+            KeyError: if the name is not in the table.
+            TypeError: if the specification has another form.
+            ValueError: if the entry has no such keyword; the message lists those that it has.
+        """
+        if isinstance(spec, str):
+            function: Callable[..., Any] = self[spec]
+            return function
+        given = list(spec) if isinstance(spec, (list, tuple)) else []
+        constants = given[1] if len(given) == 2 else {}
+        if len(given) not in (1, 2) or not isinstance(given[0], str) or not isinstance(constants, Mapping):
+            raise TypeError(f"a {self.kind} must be a name or a list [name, {{constant: value}}], got {spec!r}")
+        function = self[given[0]]
+        known = own_constants(function)
+        for name in constants:
+            if known is not None and name not in known:
+                remedy = suggestion(name, known) if known else "it has none"
+                raise ValueError(f"{self.kind} {given[0]!r} has no constant {name!r}; {remedy}")
+        return functools.partial(function, **constants) if constants else function
+
+
+def name_of(spec: Any) -> Any:
+    """Return the name in a specification ``name`` or ``[name, ...]``; what is neither is returned as it is."""
+    return spec[0] if isinstance(spec, (list, tuple)) and spec else spec
+
+
+_GIVEN = {"mask", "labels", "progress", "temperature"}
+
+
+def own_constants(function: Callable[..., Any]) -> list[str] | None:
+    """Return the names of a loss's own constants: its keyword parameters that no distiller gives.
+
+    ``None`` for a function that takes any keyword, or whose signature cannot be read.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is not parameter.empty and parameter.name not in _GIVEN
+    ]
 
 
 KD_LOSS_MAP = Registry("KD loss")

@@ -85,9 +85,9 @@ def test_temperature_schedule_of_the_logits():
 
 
 def test_accepts_mask():
-    assert all(terms.accepts_mask(KD_LOSS_MAP[name]) for name in ("ce", "mse", "kl", "sigmoid"))
-    assert not terms.accepts_mask(lambda logits_S, logits_T, temperature: 0)
-    assert not terms.accepts_mask(dict.fromkeys)  # written in C
+    assert all(terms.accepts(KD_LOSS_MAP[name], "mask") for name in ("ce", "mse", "kl", "sigmoid"))
+    assert not terms.accepts(lambda logits_S, logits_T, temperature: 0, "mask")
+    assert not terms.accepts(dict.fromkeys, "mask")  # written in C
     assert terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0).takes_mask
     assert not terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0, lambda logits_S, logits_T, base: base).takes_mask
 

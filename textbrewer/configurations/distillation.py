@@ -11,8 +11,8 @@ from typing import Any
 from textbrewer import checks, losses, projections  # noqa: F401
 from textbrewer.configurations.config import Config
 from textbrewer.configurations.match import IntermediateMatch
-from textbrewer.registry import KD_LOSS_MAP, TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER
-from textbrewer.schedulers import cwsm_temperature_scheduler_builder, flsw_temperature_scheduler_builder
+from textbrewer.losses.transforms import LOGIT_TRANSFORMS
+from textbrewer.registry import KD_LOSS_MAP, TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, name_of
 
 
 @dataclass(repr=False)
@@ -26,10 +26,13 @@ class DistillationConfig(Config):
         temperature_scheduler: the temperature by row: ``"none"``, ``"constant"``, ``["flsw", beta, gamma]`` or
             ``["cwsm", beta]``, or another entry of ``TEMPERATURE_SCHEDULER``.
         hard_label_weight: factor of the sum of the adaptor's ``losses``.
-        hard_label_weight_scheduler: a further factor over the training, ``"none"`` or a name of ``WEIGHT_SCHEDULER``.
-        kd_loss_type: a name of ``KD_LOSS_MAP``.
+        hard_label_weight_scheduler: a further factor over the training: ``"none"``, a name of ``WEIGHT_SCHEDULER`` such
+            as ``"linear_decay"``, or ``["warmup", fraction]``.
+        kd_loss_type: a name of ``KD_LOSS_MAP``, or ``[name, {constant: value}]``.
         kd_loss_weight: factor of the KD loss on the logits.
-        kd_loss_weight_scheduler: a further factor over the training, ``"none"`` or a name of ``WEIGHT_SCHEDULER``.
+        kd_loss_weight_scheduler: a further factor over the training, likewise.
+        logit_transform: applied to both sides' logits before the KD loss: ``"none"`` or a name of
+            ``LOGIT_TRANSFORMS`` such as ``"standardize"``.
         probability_shift: swap the teacher's logit of the true label with its largest one, so that the teacher is
             never wrong; needs ``labels`` from the student's adaptor.
         intermediate_matches: features to match, a list of :class:`IntermediateMatch` or of dicts with its fields.
@@ -45,25 +48,27 @@ class DistillationConfig(Config):
     temperature: float = 4
     temperature_scheduler: str | list[Any] | None = "none"
     hard_label_weight: float = 0
-    hard_label_weight_scheduler: str | None = "none"
-    kd_loss_type: str = "ce"
+    hard_label_weight_scheduler: str | list[Any] | None = "none"
+    kd_loss_type: str | list[Any] = "ce"
     kd_loss_weight: float = 1
-    kd_loss_weight_scheduler: str | None = "none"
+    kd_loss_weight_scheduler: str | list[Any] | None = "none"
     probability_shift: bool = False
     intermediate_matches: list[Any] = field(default_factory=list)
     is_caching_logits: bool = False
     teacher_cache: str | None = None
+    logit_transform: str | None = "none"
 
     def __post_init__(self) -> None:
         checks.number(self.temperature, "temperature", above=0)
-        checks.one_of(self.kd_loss_type, KD_LOSS_MAP, "kd_loss_type")
+        self.kd_loss_type = list(self.kd_loss_type) if isinstance(self.kd_loss_type, tuple) else self.kd_loss_type
+        checks.one_of(name_of(self.kd_loss_type), KD_LOSS_MAP, "kd_loss_type")
+        KD_LOSS_MAP.bound(self.kd_loss_type)
         for name in ("hard_label_weight", "kd_loss_weight"):
             checks.number(getattr(self, name), name, minimum=0)
-            scheduler = f"{name}_scheduler"
-            if getattr(self, scheduler) is None:
-                setattr(self, scheduler, "none")
-            if getattr(self, scheduler) != "none":
-                checks.one_of(getattr(self, scheduler), WEIGHT_SCHEDULER, scheduler)
+            self._check_weight_scheduler(f"{name}_scheduler")
+        self.logit_transform = self.logit_transform or "none"
+        if self.logit_transform != "none":
+            checks.one_of(self.logit_transform, LOGIT_TRANSFORMS, "logit_transform")
         if isinstance(self.temperature_scheduler, tuple):
             self.temperature_scheduler = list(self.temperature_scheduler)
         self.temperature_scheduler = self.temperature_scheduler or "none"
@@ -81,16 +86,24 @@ class DistillationConfig(Config):
             if match is not None
         ]
 
+    def _check_weight_scheduler(self, name: str) -> None:
+        """Raise unless a weight scheduler is known and, where it needs constants, has them."""
+        spec = getattr(self, name)
+        spec = list(spec) if isinstance(spec, tuple) else spec or "none"
+        setattr(self, name, spec)
+        if spec == "none":
+            return
+        checks.one_of(name_of(spec), WEIGHT_SCHEDULER, name)
+        if not callable(WEIGHT_SCHEDULER.make(spec)):
+            raise TypeError(f"{name} {spec!r} must give a function of the progress")
+
     def make_temperature_scheduler(self) -> Callable[..., Any] | None:
         """Return the scheduler's function, ``None`` for ``"none"``."""
         if self.temperature_scheduler == "none":
             return None
         spec = self.temperature_scheduler
-        name = spec[0] if isinstance(spec, list) and spec else spec
-        checks.one_of(name, TEMPERATURE_SCHEDULER, "temperature_scheduler")
+        checks.one_of(name_of(spec), TEMPERATURE_SCHEDULER, "temperature_scheduler")
         scheduler = TEMPERATURE_SCHEDULER.make(spec)  # type: ignore[arg-type]
         if not callable(scheduler):
             raise TypeError(f"temperature_scheduler {spec!r} must give a function, got {scheduler!r}")
-        if scheduler in (flsw_temperature_scheduler_builder, cwsm_temperature_scheduler_builder):
-            raise ValueError(f"temperature_scheduler {name!r} needs its parameters: write [{name!r}, beta, ...]")
         return scheduler  # type: ignore[no-any-return]

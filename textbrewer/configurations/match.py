@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from textbrewer import checks
 from textbrewer.adaptors import FEATURES
 from textbrewer.losses import fsp_loss, mmd_loss
-from textbrewer.registry import MATCH_LOSS_MAP, PROJ_MAP
+from textbrewer.registry import MATCH_LOSS_MAP, PROJ_MAP, name_of
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,17 @@ class IntermediateMatch:
 
     Args:
         layer_T: the teacher's layer: its place in the adaptor's ``hidden`` or ``attention`` list. For ``fsp`` and
-            ``nst`` a list of two.
+            ``nst`` a list of two; with a strategy a list of any length.
         layer_S: the student's layer, likewise.
         weight: factor of this loss in the total.
-        loss: a name of ``MATCH_LOSS_MAP``.
-        feature: ``"hidden"`` or ``"attention"``.
+        loss: a name of ``MATCH_LOSS_MAP``, or ``[name, {constant: value}]``.
+        feature: ``"hidden"``, ``"attention"``, or another of ``FEATURES``.
         proj: brings the student's feature to the teacher's width: ``None``, a name of ``PROJ_MAP`` alone (widths are
             read from the models), ``[name, dim_S, dim_T]``, or ``[name, dim_S, dim_T, {optimiser options}]``.
         teacher: the teacher's number in the list of a ``MultiTeacherDistiller``.
+        strategy: how several layers of the student meet several of the teacher: a name of ``STRATEGIES`` such as
+            ``"pairwise"``, ``"emd"`` or ``"ordered"``, or ``[name, {option: value}]``. One projection serves all of
+            the student's layers. ``None``: one layer meets one.
 
     Raises:
         TypeError, ValueError: if a value is of another type, unknown or out of range; the message names it.
@@ -67,21 +70,25 @@ class IntermediateMatch:
     layer_T: int | list[int]
     layer_S: int | list[int]
     weight: float
-    loss: str
+    loss: str | Sequence[Any]
     feature: str
     proj: str | Sequence[Any] | None = None
     teacher: int = 0
+    strategy: str | Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         checks.one_of(self.feature, FEATURES, "feature of an intermediate match")
-        checks.one_of(self.loss, MATCH_LOSS_MAP, "loss of an intermediate match")
+        checks.one_of(name_of(self.loss), MATCH_LOSS_MAP, "loss of an intermediate match")
+        MATCH_LOSS_MAP.bound(self.loss)
         checks.number(self.weight, "weight of an intermediate match", minimum=0)
         checks.integer(self.teacher, "teacher of an intermediate match", minimum=0)
         self.layer_T = _layers(self.layer_T, "layer_T")
         self.layer_S = _layers(self.layer_S, "layer_S")
-        pair = MATCH_LOSS_MAP[self.loss] in (fsp_loss, mmd_loss)
+        pair = MATCH_LOSS_MAP[self.loss_name] in (fsp_loss, mmd_loss)
         for name, layers in (("layer_T", self.layer_T), ("layer_S", self.layer_S)):
-            if pair and not (isinstance(layers, list) and len(layers) == 2):
+            if self.strategy is not None:
+                self._check_strategy(name, layers, pair)
+            elif pair and not (isinstance(layers, list) and len(layers) == 2):
                 raise ValueError(
                     f"{name} of a match with loss {self.loss!r} must be a list of two layers, got {layers!r}"
                 )
@@ -92,6 +99,27 @@ class IntermediateMatch:
         if not isinstance(self.proj, str) and self.proj is not None:
             self.proj = [dict(item) if isinstance(item, Mapping) else item for item in self.proj]
         parse_projection(self.proj)
+
+    def _check_strategy(self, name: str, layers: int | list[int], pair: bool) -> None:
+        checks.is_a(
+            self.strategy, (str, list, tuple), "strategy of an intermediate match", "a name, or [name, options]"
+        )
+        if pair:
+            raise ValueError(f"loss {self.loss_name!r} takes two layers of each side and has no use for a strategy")
+        if not isinstance(layers, list) or not layers:
+            raise ValueError(
+                f"{name} of a match with strategy {self.strategy!r} must be a list of layers, got {layers!r}"
+            )
+
+    @property
+    def loss_name(self) -> str:
+        """The loss's name, without its constants."""
+        return str(name_of(self.loss))
+
+    @property
+    def loss_function(self) -> Callable[..., Any]:
+        """The loss between two features, with its constants."""
+        return MATCH_LOSS_MAP.bound(self.loss)
 
     @property
     def projection(self) -> Projection | None:

@@ -25,6 +25,7 @@ from textbrewer.distillers.stacking import Stacking, make_stacking
 from textbrewer.distillers.student import StudentModule
 from textbrewer.distillers.teachers import Teachers, check_models
 from textbrewer.hooks import resolve
+from textbrewer.losses.transforms import LOGIT_TRANSFORMS
 from textbrewer.matching import CustomMatch, build_projection, plan_matches, width_of_model
 from textbrewer.presets import KD_LOSS_MAP
 from textbrewer.teacher_cache import TeacherCache
@@ -71,8 +72,10 @@ class BaseDistiller:
         self.t_config = dataclasses.replace(train_config)
         self.d_config = dataclasses.replace(distill_config)
         self.model_S = model_S
-        self.kd_loss = KD_LOSS_MAP[self.d_config.kd_loss_type]
+        self.kd_loss = KD_LOSS_MAP.bound(self.d_config.kd_loss_type)
         self.plan = plan_matches(self.d_config.intermediate_matches)
+        self.strategies = [planned.strategy for planned in self.plan if planned.strategy is not None]
+        self.source: engine.Source | None = None
         self.custom_matches = [
             match if isinstance(match, CustomMatch) else CustomMatch.from_dict(match) for match in custom_matches or []
         ]
@@ -124,9 +127,9 @@ class BaseDistiller:
 
     def _make_knowledge(self) -> terms.KnowledgeLoss:
         config = self.d_config
-        return terms.KnowledgeLoss(
-            self.kd_loss, config.temperature, config.make_temperature_scheduler(), config.probability_shift
-        )
+        transform = None if config.logit_transform in (None, "none") else LOGIT_TRANSFORMS[config.logit_transform]
+        scheduler = config.make_temperature_scheduler()
+        return terms.KnowledgeLoss(self.kd_loss, config.temperature, scheduler, config.probability_shift, transform)
 
     def student_module(self) -> StudentModule:
         """Return the module to train: the student with the projections of its features."""
@@ -217,6 +220,8 @@ class BaseDistiller:
         """
         task, batch = (batch.task, batch.batch) if isinstance(batch, TaskBatch) else ("", batch)
         self.now = terms.scheduled(self.d_config, progress, share)
+        for strategy in self.strategies:
+            strategy.epoch = 0 if self.source is None else self.source.epoch
         if isinstance(batch, Remembered):
             student_batch, results_T = split(batch.batch)[1], self._recall(batch)
         elif isinstance(batch, Prepared):

@@ -18,10 +18,9 @@ from textbrewer.distillers.cached_teacher import CachedTeacher, Prepared
 from textbrewer.distillers.needs import Needs
 from textbrewer.distillers.teachers import Teachers
 from textbrewer.hooks.modules import label
-from textbrewer.losses.forms import form_of
 from textbrewer.matching import PlannedMatch
-from textbrewer.registry import MATCH_LOSS_MAP
 from textbrewer.teacher_cache import CacheError, Contents, Space, TeacherCache, fingerprint, layout
+from textbrewer.teacher_cache.contents import form_of_match
 from textbrewer.teacher_cache.keys import entries_of, row_count
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ class Asked:
         """Return it as plain values, with what the cache's settings say."""
         matches = []
         for number, match in self.contents.matches:
-            form = form_of(MATCH_LOSS_MAP[match.loss])
+            form = form_of_match(match)
             matches.append([number, match.feature, match.layer_T, None if form is None else form.name])
         return {
             "matches": matches,

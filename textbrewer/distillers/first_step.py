@@ -12,9 +12,9 @@ from torch import Tensor
 
 from textbrewer.adaptors import Views
 from textbrewer.distillers import heads
-from textbrewer.losses import mmd_loss
-from textbrewer.losses.forms import form_of
+from textbrewer.losses.widths import width_rule_of
 from textbrewer.matching import PlannedMatch, select, teacher_feature
+from textbrewer.teacher_cache.contents import form_of_match
 
 # What torch says on a CPU of a class without a logit, and of a number without a row in an embedding.
 _NO_CLASS = re.compile(r"[Tt]arget -?\d+ is out of bounds")
@@ -38,10 +38,10 @@ def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMa
         feature_S = results_S.projected.get(planned.number)
         if feature_S is None:
             feature_S = select(results_S, match.feature, match.layer_S, "student")
-        form = form_of(planned.loss)
+        form = form_of_match(match)
         if planned.number in results_T[match.teacher].reduced and form is not None and form.uses_mask:
             check_same_mask(planned, results_S, results_T[match.teacher])
-        if match.feature == "hidden" and planned.loss is not mmd_loss:
+        if match.feature == "hidden" and width_rule_of(planned.loss) != "any":
             check_widths(planned, _first(feature_S), _first(feature_T))
 
 
@@ -62,10 +62,17 @@ def check_same_mask(planned: PlannedMatch, results_S: Views, results_T: Views) -
 
 
 def check_widths(planned: PlannedMatch, feature_S: Tensor, feature_T: Tensor) -> None:
-    """Raise ValueError unless the student's (projected) feature has the teacher's width."""
+    """Raise ValueError unless the student's (projected) feature has the teacher's width, or twice that for its loss."""
     width_S, width_T = feature_S.shape[-1], feature_T.shape[-1]
-    if width_S == width_T:
+    twice = width_rule_of(planned.loss) == "twice"
+    if width_S == width_T * (2 if twice else 1):
         return
+    if twice:
+        raise ValueError(
+            f"match {planned.name!r}: loss {planned.match.loss_name!r} compares the teacher with a mean and a variance "
+            f"for each of its {width_T} dimensions, got a student feature of width {width_S}; "
+            "add 'proj': 'gaussian' to the match"
+        )
     if planned.match.proj is None:
         remedy = f"add 'proj': 'linear' (or ['linear', {width_S}, {width_T}]) to the match"
     else:

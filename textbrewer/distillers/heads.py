@@ -43,15 +43,20 @@ def masks_of(results: Views, heads: int) -> list[Tensor | None]:
     return list(masks)
 
 
-def labels_of(results: Views, heads: int) -> list[Tensor]:
+def labels_of(results: Views, heads: int, why: str) -> list[Tensor]:
     """Return one tensor of labels a head.
+
+    Args:
+        results: the student's views.
+        heads: how many heads there are.
+        why: what needs them, for messages.
 
     Raises:
         KeyError: if the student's adaptor returned none.
         ValueError: if there is not one a head.
     """
     if "labels" not in results:
-        raise KeyError(f"probability_shift=True needs 'labels' from adaptor_S, which returned only {sorted(results)}")
+        raise KeyError(f"{why} needs 'labels' from adaptor_S, which returned only {sorted(results)}")
     if len(results["labels"]) != heads:
         raise ValueError(f"'labels' must be one tensor a head ({heads}), got {len(results['labels'])}")
     return list(results["labels"])

@@ -131,11 +131,12 @@ def _run(distiller: BaseDistiller, runtime: engine.Runtime, arguments: Arguments
         task: _batches(distiller, runtime, task, item, data.postprocessors.get(task)) for task, item in shards.items()
     }
     exact = config.accumulation_weighting == "positions"
+    distiller.source = data.make_source(sources)
     job = engine.Job(
         module=module,
         student=distiller.model_S,
         optimizer=arguments.optimizer,
-        source=data.make_source(sources),
+        source=distiller.source,
         step=distiller.step,
         scheduler=scheduler,
         teachers=distiller.teachers.all(),
@@ -147,6 +148,7 @@ def _run(distiller: BaseDistiller, runtime: engine.Runtime, arguments: Arguments
     try:
         engine.run(job, config, runtime, plan, arguments.resume_from)
     finally:
+        distiller.source = None
         for source in sources.values():
             source.close()
 

@@ -53,6 +53,10 @@ class StudentModule(nn.Module):
                 if isinstance(match.proj_func, nn.Module)
             }
         )
+        # What strategies remember of the training is checkpointed with the module; they are called outside of it.
+        self.strategies = nn.ModuleDict(
+            {str(planned.number): planned.strategy for planned in plan if planned.strategy is not None}
+        )
         self._adaptors = dict(adaptors)
         self._projected = [planned for planned in plan if planned.number in projections]
         self._custom = list(custom)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ class Now:
         kd_weight: factor of the KD loss.
         hard_label_weight: factor of the adaptor's losses.
         share: for exact accumulation, this micro-batch's factor for each kind of average; ``None``: 1 for all.
+        progress: how much of the run is done, 0 to 1.
     """
 
     kd_weight: float
     hard_label_weight: float
     share: Mapping[str, Tensor] | None = None
+    progress: float = 0.0
 
 
 def scheduled(config: DistillationConfig, progress: float, share: Mapping[str, Tensor] | None) -> Now:
@@ -40,13 +43,14 @@ def scheduled(config: DistillationConfig, progress: float, share: Mapping[str, T
         _scheduled_weight(config.kd_loss_weight, config.kd_loss_weight_scheduler, progress),
         _scheduled_weight(config.hard_label_weight, config.hard_label_weight_scheduler, progress),
         share,
+        progress,
     )
 
 
-def _scheduled_weight(weight: float, scheduler: str | None, progress: float) -> float:
-    if scheduler in (None, "none"):
+def _scheduled_weight(weight: float, scheduler: str | list[Any] | None, progress: float) -> float:
+    if scheduler is None or scheduler == "none":
         return weight
-    factor: float = WEIGHT_SCHEDULER[scheduler](progress)
+    factor: float = WEIGHT_SCHEDULER.make(scheduler)(progress)
     return weight * factor
 
 
@@ -78,31 +82,68 @@ class KnowledgeLoss:
         temperature: the base temperature.
         scheduler: a temperature schedule, or ``None``.
         probability_shift: whether the teacher's largest logit is swapped to the true label.
+        transform: applied to both sides' logits first, or ``None``.
     """
 
     loss: Callable[..., Tensor]
     temperature: float
     scheduler: Callable[..., Any] | None = None
     probability_shift: bool = False
+    transform: Callable[..., Tensor] | None = None
 
     @cached_property
     def takes_mask(self) -> bool:
         """Whether loss and schedule can be given a mask; if not, masked positions are selected beforehand."""
-        return accepts_mask(self.loss) and (self.scheduler is None or accepts_mask(self.scheduler))
+        return all(accepts(item, "mask") for item in (self.loss, self.scheduler, self.transform) if item is not None)
 
-    def __call__(self, logits_S: Tensor, logits_T: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the loss of one head; ``mask`` has the shape of the logits without their classes."""
-        keywords = {} if mask is None else {"mask": mask}
+    @cached_property
+    def takes_labels(self) -> bool:
+        """Whether the loss reads the true classes."""
+        return accepts(self.loss, "labels")
+
+    @cached_property
+    def why_labels(self) -> str:
+        """What needs the true classes; empty: nothing does."""
+        if self.probability_shift:
+            return "probability_shift=True"
+        return "the KD loss" if self.takes_labels else ""
+
+    def __call__(
+        self,
+        logits_S: Tensor,
+        logits_T: Tensor,
+        mask: Tensor | None,
+        labels: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
+        """Return the loss of one head.
+
+        Args:
+            logits_S: the student's logits, ``(batch, classes)`` or ``(batch, length, classes)``.
+            logits_T: the teacher's, the same shape.
+            mask: the shape of the logits without their classes.
+            labels: the true classes, the same shape as the mask, for a loss that reads them.
+            progress: how much of the run is done, 0 to 1.
+        """
+        keywords: dict[str, Any] = {} if mask is None else {"mask": mask}
         temperature: Any = self.temperature
+        if self.transform is not None:
+            logits_S, logits_T = self.transform(logits_S, **keywords), self.transform(logits_T, **keywords)
         if self.scheduler is not None:
-            temperature = self.scheduler(logits_S, logits_T, temperature, **keywords)
+            more = {"progress": progress} if accepts(self.scheduler, "progress") else {}
+            temperature = self.scheduler(logits_S, logits_T, temperature, **keywords, **more)
+        if self.takes_labels:
+            keywords["labels"] = labels
+        if accepts(self.loss, "progress"):
+            keywords["progress"] = progress
         return self.loss(logits_S, logits_T, temperature, **keywords)
 
 
-def accepts_mask(function: Callable[..., Any]) -> bool:
-    """Return whether a function has a parameter ``mask``."""
+@functools.lru_cache(maxsize=256)
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function has a parameter of this name."""
     try:
-        return "mask" in inspect.signature(function).parameters
+        return name in inspect.signature(function).parameters
     except ValueError:
         return False
 
@@ -124,7 +165,7 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
         return []
     heads_S, heads_T = heads.logits_of(results_S, results_T)
     masks = list(zip(heads.masks_of(results_S, len(heads_S)), heads.masks_of(results_T, len(heads_S)), strict=True))
-    labels = heads.labels_of(results_S, len(heads_S)) if kd.probability_shift else [None] * len(heads_S)
+    labels = heads.labels_of(results_S, len(heads_S), kd.why_labels) if kd.why_labels else [None] * len(heads_S)
     values: list[Tensor] = []
     kinds: set[str] = set()
     for head_S, head_T, (mask_S, mask_T), label in zip(heads_S, heads_T, masks, labels, strict=True):
@@ -139,9 +180,9 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
                 f"logits of student and teacher must have the same shape, got {tuple(head_S.shape)} and "
                 f"{tuple(head_T.shape)}; return other logits, or a logits_mask that picks the same ones"
             )
-        if label is not None:
+        if kd.probability_shift and label is not None:
             head_T = heads.probability_shift(head_T, label)
-        values.append(kd(head_S, head_T, mask))
+        values.append(kd(head_S, head_T, mask, label, now.progress))
     # Heads of rows beside heads of positions: the sum is no mean of one kind.
     averaged_over = kinds.pop() if len(kinds) == 1 else None
     return [Term("kd_loss", sum(values[1:], values[0]), now.kd_weight, averaged_over)]
@@ -180,7 +221,7 @@ def match_terms(
         else:
             features_S.append(select(results_S, match.feature, match.layer_S, "student"))
         features_T.append(teacher_feature(results_T, planned))
-    losses = [planned.loss for planned in plan]
+    losses = [planned.compare for planned in plan]
     if stacking is not None:
         values = stacking.values(losses, features_S, features_T, mask)
     else:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from textbrewer.losses.algebra import product
 from textbrewer.losses.forms import TeacherForm, teacher_form
 from textbrewer.losses.masking import (
     averaged_over,
@@ -20,6 +21,7 @@ from textbrewer.losses.masking import (
     position_weights,
     weighted_mean,
 )
+from textbrewer.losses.widths import student_width
 from textbrewer.registry import MATCH_LOSS_MAP
 
 __all__ = ["fsp_loss", "mmd_loss"]
@@ -41,21 +43,15 @@ def _two_states(states: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix product of each row of the batch; autocast, which would round it, is off."""
-    with torch.autocast(device_type=left.device.type, enabled=False):
-        return torch.bmm(left, right)
-
-
 def _layer_gram(states: tuple[Tensor, Tensor], weight: Tensor | None) -> Tensor:
     """Return ``(batch, hidden_0, hidden_1)``: the mean over the positions of the outer products of the two layers."""
     first, second = states
     if weight is None:
-        return _product(first.transpose(1, 2), second) / max(second.shape[1], 1)
+        return product(first.transpose(1, 2), second) / max(second.shape[1], 1)
     first = clear_masked(first, weight) * weight.unsqueeze(-1)
     second = clear_masked(second, weight) * weight.unsqueeze(-1)
     length = weight.sum(dim=1)[:, None, None]
-    return _product(first.transpose(1, 2), second) / torch.where(length > 0, length, torch.ones_like(length))
+    return product(first.transpose(1, 2), second) / torch.where(length > 0, length, torch.ones_like(length))
 
 
 def _layer_form(states: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -135,7 +131,7 @@ def _same_product(product_S: Tensor, product_T: Tensor) -> Tensor:
 def _position_gram(states: tuple[Tensor, Tensor], weight: Tensor | None) -> Tensor:
     """Return ``(batch, length, length)``: the products of positions of the two layers, divided by their width."""
     first, second = (clear_masked(state, weight) for state in states)
-    return _product(first, second.transpose(1, 2)) / max(second.shape[2], 1)
+    return product(first, second.transpose(1, 2)) / max(second.shape[2], 1)
 
 
 def _position_form(states: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -157,6 +153,7 @@ def _checked_pair(states: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
 
 @MATCH_LOSS_MAP.add("nst", "mmd")
 @averaged_over("pairs")
+@student_width("any")
 @teacher_form(TeacherForm("position_product", _position_form, positions=(1, 2)))
 def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor] | Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Mean squared error between the products of positions of two layers (neuron selectivity transfer).

@@ -9,9 +9,12 @@ from textbrewer.matching.plan import (
     teacher_feature,
     width_of_model,
 )
+from textbrewer.matching.strategy import STRATEGIES, LayerStrategy
 
 __all__ = [
+    "STRATEGIES",
     "CustomMatch",
+    "LayerStrategy",
     "PlannedMatch",
     "build_projection",
     "plan_matches",

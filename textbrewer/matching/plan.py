@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from textbrewer.adaptors import Views
 from textbrewer.configurations import IntermediateMatch, Projection
-from textbrewer.presets import MATCH_LOSS_MAP, PROJ_MAP
+from textbrewer.matching.strategy import LayerStrategy, make_strategy
+from textbrewer.presets import PROJ_MAP
+from textbrewer.registry import name_of
 
 Feature = Any
 """A tensor, or a list of two for losses that take pairs of layers."""
@@ -25,27 +27,43 @@ class PlannedMatch:
         match: the configuration.
         loss: the loss function.
         name: name in the log, without the leading ``unweighted_``; unique within a plan.
+        strategy: how several layers meet several, which then calls the loss; ``None``: the loss is called itself.
     """
 
     number: int
     match: IntermediateMatch
     loss: Callable[..., Tensor]
     name: str
+    strategy: LayerStrategy | None = None
+
+    @property
+    def compare(self) -> Callable[..., Tensor]:
+        """What is called with both sides' features and the mask."""
+        return self.loss if self.strategy is None else self.strategy
 
 
 def plan_matches(matches: Sequence[IntermediateMatch]) -> list[PlannedMatch]:
     """Return the matches with their losses and log names.
 
-    A name is TextBrewer's ``<feature>_<loss>_<layer_S>_<layer_T>``; further matches of the same name get ``_2``, ...
+    A name is TextBrewer's ``<feature>_<loss>_<layer_S>_<layer_T>``, or ``<feature>_<loss>_<strategy>``; further matches
+    of the same name get ``_2``, ...
     """
     plan: list[PlannedMatch] = []
     seen: dict[str, int] = {}
     for number, match in enumerate(matches):
-        name = f"{match.feature}_{match.loss}_{_layer_name(match.layer_S)}_{_layer_name(match.layer_T)}"
+        name = f"{match.feature}_{match.loss_name}_{_layer_name(match.layer_S)}_{_layer_name(match.layer_T)}"
+        if match.strategy is not None:
+            name = f"{match.feature}_{match.loss_name}_{name_of(match.strategy)}"
         seen[name] = seen.get(name, 0) + 1
         unique = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        plan.append(PlannedMatch(number, match, MATCH_LOSS_MAP[match.loss], unique))
+        plan.append(PlannedMatch(number, match, match.loss_function, unique, _strategy_of(match)))
     return plan
+
+
+def _strategy_of(match: IntermediateMatch) -> LayerStrategy | None:
+    if match.strategy is None or not isinstance(match.layer_S, list) or not isinstance(match.layer_T, list):
+        return None
+    return make_strategy(match.strategy, match.loss_function, len(match.layer_S), len(match.layer_T))
 
 
 def _layer_name(layers: int | list[int]) -> str:

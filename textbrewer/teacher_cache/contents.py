@@ -10,7 +10,6 @@ from torch import Tensor
 from textbrewer.adaptors import Views
 from textbrewer.configurations import IntermediateMatch
 from textbrewer.losses.forms import TeacherForm, form_of
-from textbrewer.registry import MATCH_LOSS_MAP
 
 _BY_HEAD = ("logits", "logits_mask", "labels")
 # A form is stored only where it is that much smaller than the layers that it is made of.
@@ -35,7 +34,7 @@ class Contents:
         """Return the reduced form in which a match's teacher feature is taken, ``None``: whole layers."""
         if self.everything or number in self.whole:
             return None
-        return form_of(MATCH_LOSS_MAP[match.loss])
+        return form_of_match(match)
 
     def settle(self, views: Views, masks_agree: bool = True) -> Contents:
         """Return contents in which forms that are hardly smaller than their layers give way to these.
@@ -116,6 +115,11 @@ class Contents:
 def layers_of(match: IntermediateMatch) -> list[int]:
     """Return the teacher's layers that a match reads."""
     return match.layer_T if isinstance(match.layer_T, list) else [match.layer_T]
+
+
+def form_of_match(match: IntermediateMatch) -> TeacherForm | None:
+    """Return the reduced form that the loss of a match takes; a strategy hands whole layers to its loss."""
+    return None if match.strategy is not None else form_of(match.loss_function)
 
 
 def form_name(form: TeacherForm, match: IntermediateMatch, count: int) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from textbrewer.adaptors import Views
-from textbrewer.losses.forms import form_of
-from textbrewer.registry import MATCH_LOSS_MAP
+from textbrewer.losses.masking import denominator_of
 from textbrewer.teacher_cache.codec import Place
-from textbrewer.teacher_cache.contents import Contents
+from textbrewer.teacher_cache.contents import Contents, form_of_match
 from textbrewer.teacher_cache.items import Item
 from textbrewer.teacher_cache.keys import Rows
 
@@ -74,7 +73,7 @@ def positions_of(name: str, tensor: Tensor, contents: Contents) -> tuple[int, ..
         return tuple(range(tensor.dim() - 2, tensor.dim()))
     if key == "form":
         named = name.split("/")[1]
-        forms = [form_of(MATCH_LOSS_MAP[match.loss]) for _, match in contents.matches]
+        forms = [form_of_match(match) for _, match in contents.matches]
         return next((form.positions for form in forms if form is not None and form.name == named), ())
     return ()
 
@@ -112,7 +111,7 @@ def masks_cover_padding(views_S: Views, views_T: Views, rows: Rows, contents: Co
         return False
     if contents.matches:
         # A loss that says what it averages over is one of the library's, and heeds the mask.
-        if any(getattr(MATCH_LOSS_MAP[match.loss], "averaged_over", None) is None for _, match in contents.matches):
+        if any(denominator_of(match.loss_function) is None for _, match in contents.matches):
             return False
         if "inputs_mask" not in views_S or not _within(views_S["inputs_mask"], rows.kept):
             return False
