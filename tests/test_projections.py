@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from textbrewer.projections import linear_projection, projection_with_activation
+from textbrewer.projections import GaussianProjection, linear_projection, projection_with_activation
 from textbrewer.registry import PROJ_MAP
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
@@ -18,10 +18,12 @@ NEXT = 0.413172721863
 
 
 def linear_of(module):
+    if isinstance(module, GaussianProjection):
+        return module.mean
     return module if isinstance(module, nn.Linear) else module[0]
 
 
-@pytest.mark.parametrize("name", ["linear", "relu", "tanh"])
+@pytest.mark.parametrize("name", ["linear", "relu", "tanh", "gaussian"])
 def test_draws_textbrewers_random_numbers(name):
     torch.manual_seed(7)
     linear = linear_of(PROJ_MAP[name](2, 3))
@@ -99,7 +101,35 @@ def test_refuses_what_is_not_an_activation(act_fn, error, message):
         projection_with_activation(act_fn)
 
 
-@pytest.mark.parametrize("name", ["linear", "relu", "tanh"])
+def test_gaussian_gives_an_affine_mean_and_a_variance_of_five_at_first():
+    module = PROJ_MAP["gaussian"](2, 3)
+    x = torch.tensor([[[1.0, -2.0], [30.0, 4.0]]])
+    out = module(x)
+    assert out.shape == (1, 2, 6)
+    assert torch.equal(out[..., :3], module.mean(x))
+    assert out[..., 3:].flatten().tolist() == pytest.approx([5.0] * 6, rel=1e-6)
+    assert [tuple(parameter.shape) for parameter in module.parameters()] == [(3,), (3, 2), (3,)]
+
+
+@pytest.mark.parametrize("raw", [-100.0, -1.0, 0.0, 3.0, 60.0])
+def test_the_variance_is_the_softplus_and_never_zero(raw):
+    module = PROJ_MAP["gaussian"](2, 3)
+    with torch.no_grad():
+        module.raw_variance.fill_(raw)
+    expected = math.log1p(math.exp(raw)) + 1e-5
+    assert module(torch.zeros(2))[3:].tolist() == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_the_variance_keeps_its_precision_under_autocast():
+    module = PROJ_MAP["gaussian"](2, 3)
+    with torch.no_grad():
+        module.raw_variance.fill_(1.2345678)
+    expected = module(torch.zeros(2))[3:]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(torch.zeros(2))[3:], expected)
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "tanh", "gaussian"])
 @pytest.mark.parametrize(
     ("widths", "error", "message"),
     [((0, 3), ValueError, "dim_in must be at least 1"), ((2, 2.5), ValueError, "dim_out must be a whole number")],

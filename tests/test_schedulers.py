@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.losses.samples import MASK, wave
+from textbrewer import DistillationConfig
+from textbrewer.distillers import terms
 from textbrewer.losses import kd_ce_loss
 from textbrewer.registry import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER
 from textbrewer.schedulers import (
@@ -186,6 +188,96 @@ def test_weights_are_linear_in_the_progress(progress):
     assert linear_decay_weight_scheduler(progress) == 1 - progress
 
 
+@pytest.mark.parametrize(("name", "ends"), [("cosine_growth", (0, 1)), ("cosine_decay", (1, 0))])
+def test_cosine_weights_go_along_the_circle(name, ends):
+    """The factor is the height, on a circle of diameter 1, after the same share of half its circumference."""
+    schedule = WEIGHT_SCHEDULER[name]
+    for progress in (0.0, 0.1, 1 / 3, 0.5, 0.8, 1.0):
+        height = (complex(-1, 0) ** progress).real
+        assert schedule(progress) == pytest.approx(0.5 + 0.5 * (height if name.endswith("decay") else -height))
+    assert (schedule(0.0), schedule(1.0)) == pytest.approx(ends)
+    assert schedule(0.01) == pytest.approx(schedule(0.0), abs=1e-3)
+    assert schedule(0.99) == pytest.approx(schedule(1.0), abs=1e-3)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 1])
+def test_warmup_grows_linearly_and_stays(fraction):
+    schedule = WEIGHT_SCHEDULER.make(["warmup", fraction])
+    steps = [schedule(step / 1000) for step in range(1001)]
+    growing = round(1000 * fraction)
+    assert steps[: growing + 1] == pytest.approx([step / growing for step in range(growing + 1)])
+    assert steps[growing:] == [1.0] * (1001 - growing)
+
+
+POINTS = [[0.2, 0.5], [0.4, 1.0], [0.4, 0.25], [0.9, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("progress", "factor"),
+    [(0, 0.5), (0.2, 0.5), (0.25, 0.625), (0.3, 0.75), (0.3999999, 1.0), (0.4, 0.25), (0.65, 0.125), (0.9, 0), (1, 0)],
+)
+def test_piecewise_goes_through_its_points(progress, factor):
+    assert WEIGHT_SCHEDULER.make(["piecewise", POINTS])(progress) == pytest.approx(factor, abs=1e-5)
+
+
+def test_piecewise_of_two_points_is_linear_and_of_one_constant():
+    whole, one = (
+        WEIGHT_SCHEDULER.make(["piecewise", [[0, 0], [1, 1]]]),
+        WEIGHT_SCHEDULER.make(["piecewise", [(0.3, 2)]]),
+    )
+    for progress in (0.0, 0.17, 0.5, 1.0):
+        assert whole(progress) == pytest.approx(linear_growth_weight_scheduler(progress))
+        assert one(progress) == 2.0
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_teacher_annealing_is_the_cross_entropy_with_a_mixed_target(progress):
+    """BAM: lam * onehot + (1 - lam) * p, by two schedules that every configuration can name."""
+    config = DistillationConfig(
+        temperature=1,
+        kd_loss_type="ce",
+        kd_loss_weight_scheduler="linear_decay",
+        hard_label_weight=1,
+        hard_label_weight_scheduler="linear_growth",
+    )
+    student, teacher, labels = wave(3, 5).requires_grad_(), wave(3, 5, phase=1.0), torch.tensor([4, 0, 2])
+    now = terms.scheduled(config, progress, None)
+    hard = torch.nn.functional.cross_entropy(student, labels)
+    loss = now.kd_weight * kd_ce_loss(student, teacher, config.temperature) + now.hard_label_weight * hard
+    loss.backward()
+    expected, gradients = 0.0, []
+    for s, t, label in zip(student.tolist(), teacher.tolist(), labels.tolist(), strict=True):
+        q, p = (([math.exp(x) / sum(map(math.exp, row)) for x in row]) for row in (s, t))
+        target = [progress * (c == label) + (1 - progress) * p[c] for c in range(5)]
+        expected -= sum(goal * math.log(x) for goal, x in zip(target, q, strict=True)) / 3
+        gradients.append([(x - goal) / 3 for goal, x in zip(target, q, strict=True)])
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    assert torch.allclose(student.grad, torch.tensor(gradients, dtype=torch.float64), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (["linear", 1], [8.0, 6.25, 4.5, 1.0]),
+        (["linear", {"end": 10}], [8.0, 8.5, 9.0, 10.0]),
+        (["cosine", 2], [8.0, 8 - 6 * (1 - math.sqrt(0.5)) / 2, 5.0, 2.0]),
+        (["warmup", 0.5], [1.0, 4.5, 8.0, 8.0]),
+        (["warmup", 1, 2], [2.0, 3.5, 5.0, 8.0]),
+    ],
+)
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_temperatures_by_progress(spec, expected, mask):
+    schedule = TEMPERATURE_SCHEDULER.make(spec)
+    logits = TWO if mask is None else THREE
+    actual = [schedule(*logits, 8, mask=mask, progress=progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert actual == pytest.approx(expected)
+    assert all(isinstance(tau, float) for tau in actual)
+    assert schedule(*logits, 8) == expected[0]
+    tensor = schedule(*logits, torch.tensor([8.0, 4.0]), progress=1.0)
+    assert tensor[0].item() == pytest.approx(expected[-1])
+    assert kd_ce_loss(*logits, actual[1], mask=mask).isfinite()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -196,11 +288,47 @@ def test_weights_are_linear_in_the_progress(progress):
         (["flsw", 1], TypeError, "gamma"),
         (["cwsm", True], TypeError, "beta must be a number"),
         (["cwsm", 1, 2], TypeError, "cwsm"),
+        (["linear", 0], ValueError, "end must be greater than 0, got 0"),
+        (["cosine", "low"], TypeError, "end must be a number"),
+        (["warmup", 0], ValueError, "fraction must be greater than 0, got 0"),
+        (["warmup", 1.5], ValueError, "fraction must be at most 1, a part of the training, got 1.5"),
+        (["warmup", 0.5, -1], ValueError, "start must be greater than 0, got -1"),
     ],
 )
 def test_builders_check_their_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         TEMPERATURE_SCHEDULER[arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["warmup", -0.1], ValueError, "fraction must be greater than 0"),
+        (["warmup", 2], ValueError, "fraction must be at most 1"),
+        (["piecewise", []], ValueError, r"points must be a list of pairs \[progress, factor\], at least one, got \[\]"),
+        (["piecewise", "linear"], ValueError, "points must be a list of pairs"),
+        (["piecewise", [0.5, 1]], TypeError, "a point must be a pair .progress, factor., got 0.5"),
+        (["piecewise", [[0, 1, 2]]], TypeError, "a point must be a pair"),
+        (["piecewise", [[0, "1"]]], TypeError, "factor of a point must be a number"),
+        (["piecewise", [[0, -1]]], ValueError, "factor of a point must be at least 0"),
+        (["piecewise", [[-0.5, 1]]], ValueError, "progress of a point must be at least 0"),
+        (["piecewise", [[0.5, 1], [0.2, 0]]], ValueError, r"in order of their progress, from 0 to 1, got \[0.5, 0.2\]"),
+        (["piecewise", [[0, 1], [2, 0]]], ValueError, "in order of their progress, from 0 to 1"),
+    ],
+)
+def test_weight_builders_check_their_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        WEIGHT_SCHEDULER.make(arguments)
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [(WEIGHT_SCHEDULER, "warmup"), (WEIGHT_SCHEDULER, "piecewise")]
+    + [(TEMPERATURE_SCHEDULER, name) for name in ("flsw", "cwsm", "linear", "cosine", "warmup")],
+)
+def test_a_builder_without_its_parameters_says_how_to_write_it(table, name):
+    with pytest.raises(ValueError, match=rf"{name}' needs its parameters: write \['{name}', "):
+        table.make(name)
 
 
 @both
@@ -211,3 +339,9 @@ def test_schedules_check_their_arguments(schedule):
         schedule(*THREE, 4, mask=torch.ones(3, 5))
     with pytest.raises(ValueError, match="temperature must be greater than 0, got 0"):
         schedule(*THREE, 0)
+
+
+@pytest.mark.parametrize("spec", [["linear", 2], ["cosine", 2], ["warmup", 0.5]])
+def test_schedules_by_progress_refuse_a_base_temperature_that_is_not_positive(spec):
+    with pytest.raises(ValueError, match="temperature must be greater than 0, got -1"):
+        TEMPERATURE_SCHEDULER.make(spec)(*TWO, -1, progress=0.5)

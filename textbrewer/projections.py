@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 
-from torch import nn
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own custom)
+from torch import Tensor, nn
 from torch.nn.modules import activation
 
 from textbrewer import checks
 from textbrewer.names import suggestion
 from textbrewer.registry import PROJ_MAP
 
-__all__ = ["linear_projection", "projection_with_activation"]
+__all__ = ["GaussianProjection", "gaussian_projection", "linear_projection", "projection_with_activation"]
 
 _WEIGHT_STD = 0.02
+_FIRST_VARIANCE = 5.0
+_SMALLEST_VARIANCE = 1e-5
 
 
 def _needs_no_arguments(module: type[nn.Module]) -> bool:
@@ -90,6 +95,68 @@ def projection_with_activation(act_fn: str | type[nn.Module]) -> Callable[[int, 
         return nn.Sequential(linear_projection(dim_in, dim_out), make_activation())
 
     return projection
+
+
+class GaussianProjection(nn.Module):
+    r"""A mean for each of the teacher's dimensions, and a variance that is the same for all inputs.
+
+    .. math:: \mu = W x + b, \qquad \sigma_c^2 = \log(1 + e^{a_c}) + 10^{-5}
+
+    Args:
+        dim_in: width of the student's feature.
+        dim_out: width of the teacher's feature.
+
+    Reference:
+        Ahn et al., "Variational Information Distillation for Knowledge Transfer", 2019, arXiv:1904.05835, section 2.1;
+        the first variance, 5, is that of the authors' code.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.mean = linear_projection(dim_in, dim_out)
+        self.raw_variance = nn.Parameter(
+            torch.full((int(dim_out),), math.log(math.expm1(_FIRST_VARIANCE - _SMALLEST_VARIANCE)))
+        )
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return the means, then the variances: ``(..., dim_in)`` becomes ``(..., 2 * dim_out)``."""
+        mean: Tensor = self.mean(feature)
+        variance = F.softplus(self.raw_variance) + _SMALLEST_VARIANCE
+        return torch.cat([mean, variance.expand_as(mean)], dim=-1)
+
+
+@PROJ_MAP.add("gaussian")
+def gaussian_projection(dim_in: int, dim_out: int) -> GaussianProjection:
+    """Return a linear layer for the mean, with one variance a dimension of the teacher's, 5 at first (for ``vid``).
+
+    Args:
+        dim_in: width of the student's feature.
+        dim_out: width of the teacher's feature.
+
+    Raises:
+        ValueError: if a width is not a positive whole number.
+    """
+    return GaussianProjection(dim_in, dim_out)
+
+
+@PROJ_MAP.add("identity")
+def identity_projection(dim_in: int, dim_out: int) -> nn.Linear:
+    """Return a linear layer that starts as the identity: of other widths, as the identity on the first dimensions.
+
+    Args:
+        dim_in: width of the student's feature.
+        dim_out: width of the teacher's feature.
+
+    Raises:
+        ValueError: if a width is not a positive whole number.
+
+    Reference:
+        Xia et al., "Structured Pruning Learns Compact and Accurate Models", 2022, arXiv:2204.00408, section 3.2 (the
+        matrix that maps layers is initialised so).
+    """
+    layer = linear_projection(dim_in, dim_out)
+    nn.init.eye_(layer.weight)
+    return layer
 
 
 PROJ_MAP.add("relu")(projection_with_activation("ReLU"))

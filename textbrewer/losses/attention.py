@@ -23,12 +23,19 @@ from textbrewer.losses.masking import (
 )
 from textbrewer.registry import MATCH_LOSS_MAP
 
-__all__ = ["att_ce_loss", "att_ce_mean_loss", "att_mse_loss", "att_mse_sum_loss"]
+__all__ = [
+    "att_ce_loss",
+    "att_ce_mean_loss",
+    "att_mse_loss",
+    "att_mse_sum_loss",
+    "same_scores",
+    "weights_of_rows",
+]
 
 _MASKED_SCORE = -1e-3
 
 
-def _same_scores(attention_S: Tensor, attention_T: Tensor, remedy: str) -> None:
+def same_scores(attention_S: Tensor, attention_T: Tensor, remedy: str) -> None:
     """Raise ValueError unless both are attention scores of one shape."""
     same_shape(attention_S, attention_T, "attention scores", remedy)
     if attention_S.dim() not in (3, 4):
@@ -38,7 +45,7 @@ def _same_scores(attention_S: Tensor, attention_T: Tensor, remedy: str) -> None:
         )
 
 
-def _row_weights(mask: Tensor | None, scores: Tensor) -> Tensor | None:
+def weights_of_rows(mask: Tensor | None, scores: Tensor) -> Tensor | None:
     """Return the mask as weights of the rows of the scores: ``(batch, 1, length)``, or as it is without heads."""
     if mask is None:
         return None
@@ -53,7 +60,7 @@ def _row_weights(mask: Tensor | None, scores: Tensor) -> Tensor | None:
 
 def _squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of the squared differences over the heads and the kept pairs of positions."""
-    rows = _row_weights(mask, student)
+    rows = weights_of_rows(mask, student)
     if rows is None:
         student = student.masked_fill(student <= _MASKED_SCORE, 0.0)
         teacher = teacher.masked_fill(teacher <= _MASKED_SCORE, 0.0)
@@ -65,7 +72,7 @@ def _squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Ten
 
 def _cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the heads and the kept rows of the cross-entropy of the student's row under the teacher's."""
-    rows = _row_weights(mask, student)
+    rows = weights_of_rows(mask, student)
     absent_S, absent_T = student.isneginf(), teacher.isneginf()
     if rows is None:
         dropped = absent_S | (teacher <= _MASKED_SCORE)
@@ -105,7 +112,7 @@ def att_mse_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None =
     Reference:
         Jiao et al., "TinyBERT", 2020, arXiv:1909.10351, section 3.1.
     """
-    _same_scores(attention_S, attention_T, "use 'attention_mse_sum' where the numbers of heads differ")
+    same_scores(attention_S, attention_T, "use 'attention_mse_sum' where the numbers of heads differ")
     student, teacher = full_precision(attention_S, attention_T)
     return _squared_error(student, teacher, mask)
 
@@ -152,7 +159,7 @@ def att_mse_sum_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | No
     student, teacher = full_precision(attention_S, attention_T)
     student = student.sum(dim=1) if student.dim() == 4 else student
     teacher = teacher.sum(dim=1) if teacher.dim() == 4 else teacher
-    _same_scores(student, teacher, "both models must read the same tokens")
+    same_scores(student, teacher, "both models must read the same tokens")
     return _squared_error(student, teacher, mask)
 
 
@@ -182,7 +189,7 @@ def att_ce_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = 
     Reference:
         Wang et al., "MiniLM", 2020, arXiv:2002.10957, section 3.1 (there the KL divergence: the same gradient).
     """
-    _same_scores(attention_S, attention_T, "use 'attention_ce_mean' where the numbers of heads differ")
+    same_scores(attention_S, attention_T, "use 'attention_ce_mean' where the numbers of heads differ")
     student, teacher = full_precision(attention_S, attention_T)
     return _cross_entropy(student, teacher, mask)
 
@@ -221,5 +228,5 @@ def att_ce_mean_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | No
     student, teacher = full_precision(attention_S, attention_T)
     student = student.mean(dim=1) if student.dim() == 4 else student
     teacher = teacher.mean(dim=1) if teacher.dim() == 4 else teacher
-    _same_scores(student, teacher, "both models must read the same tokens")
+    same_scores(student, teacher, "both models must read the same tokens")
     return _cross_entropy(student, teacher, mask)

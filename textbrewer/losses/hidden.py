@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (torch's own abbreviation)
 
+from textbrewer.losses.algebra import row_weights, unit
 from textbrewer.losses.forms import TeacherForm, teacher_form
 from textbrewer.losses.masking import (
     averaged_over,
@@ -19,15 +19,6 @@ from textbrewer.losses.masking import (
 from textbrewer.registry import MATCH_LOSS_MAP
 
 __all__ = ["cos_loss", "hid_mse_loss", "pkd_loss"]
-
-# Below this length a vector has no direction: it is left as it is, and its gradient stays of the order of 1.
-_SHORTEST = 1e-12
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Return vectors of length 1 along the last dimension; a zero vector stays zero."""
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / torch.where(length > _SHORTEST, length, torch.ones_like(length))
 
 
 @MATCH_LOSS_MAP.add("hidden_mse")
@@ -89,7 +80,7 @@ def cos_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
     student, teacher = full_precision(state_S, state_T)
     weight = position_weights(None if mask is None else mask != 0, student, student.shape[:-1])
     student, teacher = clear_masked(student, weight), clear_masked(teacher, weight)
-    return weighted_mean(1.0 - (_unit(student) * _unit(teacher)).sum(dim=-1), weight)
+    return weighted_mean(1.0 - (unit(student) * unit(teacher)).sum(dim=-1), weight)
 
 
 def _first_position(state: Tensor, side: str) -> Tensor:
@@ -139,7 +130,6 @@ def pkd_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
     first_S, first_T = _first_position(state_S, "student"), _first_position(state_T, "teacher")
     same_states(first_S, first_T)
     student, teacher = full_precision(first_S, first_T)
-    kept = None if mask is None else (mask != 0).reshape(mask.shape[0], -1).any(dim=1)
-    weight = position_weights(kept, student, student.shape[:1])
+    weight = row_weights(mask, student)
     student, teacher = clear_masked(student, weight), clear_masked(teacher, weight)
-    return weighted_mean((_unit(student) - _unit(teacher)).square().sum(dim=-1), weight)
+    return weighted_mean((unit(student) - unit(teacher)).square().sum(dim=-1), weight)

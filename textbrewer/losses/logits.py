@@ -7,84 +7,21 @@ models have. A class that only the teacher lacks has the target 0 in ce and kl, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 from torch import Tensor
 
-from textbrewer import checks
-from textbrewer.losses.masking import (
-    averaged_over,
-    clear_masked,
-    full_precision,
-    position_weights,
-    same_shape,
-    weighted_mean,
+from textbrewer.losses.masking import averaged_over, weighted_mean
+from textbrewer.losses.softened import (
+    log_distributions,
+    mean_over_positions,
+    mean_over_present,
+    relative_entropy,
+    soften,
 )
 from textbrewer.registry import KD_LOSS_MAP
 
 __all__ = ["kd_ce_loss", "kd_kl_loss", "kd_mse_loss", "kd_sigmoid_loss"]
-
-
-class _Softened(NamedTuple):
-    """Logits divided by the temperature, ``(*positions, classes)``, with 0 for what is masked or absent."""
-
-    student: Tensor
-    teacher: Tensor
-    student_absent: Tensor
-    teacher_absent: Tensor
-    temperature: float | Tensor
-    weight: Tensor | None
-
-
-def _per_position(temperature: float | Tensor, logits: Tensor, weight: Tensor | None) -> float | Tensor:
-    """Return the temperature as a number, a 0-dim tensor, or ``(*positions, 1)`` with 1 at masked positions."""
-    checks.positive_temperature(temperature)
-    if not isinstance(temperature, Tensor):
-        return temperature
-    temperature = temperature.to(device=logits.device, dtype=logits.dtype)
-    if temperature.numel() == 1:
-        return temperature.reshape(())
-    if temperature.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"temperature must be a number or a tensor of shape {tuple(logits.shape[:-1])}, one value a position, "
-            f"got a tensor of shape {tuple(temperature.shape)}"
-        )
-    if weight is not None:
-        temperature = temperature.masked_fill(weight == 0, 1.0)
-    return temperature.unsqueeze(-1)
-
-
-def _soften(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor, mask: Tensor | None) -> _Softened:
-    """Check the arguments, and divide the logits by the temperature."""
-    same_shape(logits_S, logits_T, "logits", "both models must score the same classes at the same positions")
-    student, teacher = full_precision(logits_S, logits_T)
-    weight = position_weights(None if mask is None else mask != 0, student, student.shape[:-1])
-    tau = _per_position(temperature, student, weight)
-    student, teacher = clear_masked(student, weight), clear_masked(teacher, weight)
-    absent_S, absent_T = student.isneginf(), teacher.isneginf()
-    # Zero first, then divide: the gradient of -inf / tau with respect to tau would be NaN.
-    student, teacher = student.masked_fill(absent_S, 0.0) / tau, teacher.masked_fill(absent_T, 0.0) / tau
-    return _Softened(student, teacher, absent_S, absent_T, tau, weight)
-
-
-def _log_distributions(soft: _Softened) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logarithms of the student's and the teacher's distributions, and where a class is absent."""
-    absent = soft.student_absent | soft.teacher_absent
-    # A low finite number instead of -inf: the exponential is 0 all the same, and a position without any class gives
-    # a finite row. Half of the lowest, so that subtracting the largest logit does not overflow.
-    low = torch.finfo(soft.student.dtype).min / 2
-    log_q = F.log_softmax(soft.student.masked_fill(soft.student_absent, low), dim=-1)
-    log_p = F.log_softmax(soft.teacher.masked_fill(absent, low), dim=-1)
-    return log_q, log_p, absent
-
-
-def _mean_over_present(values: Tensor, soft: _Softened) -> Tensor:
-    """Return the mean of ``values`` over the classes that both models have."""
-    absent = soft.student_absent | soft.teacher_absent
-    present = (~absent).sum(dim=-1).clamp(min=1)
-    return values.masked_fill(absent, 0.0).sum(dim=-1) / present
 
 
 @KD_LOSS_MAP.add("mse")
@@ -111,8 +48,8 @@ def kd_mse_loss(
     Reference:
         Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014, arXiv:1312.6184, section 2.
     """
-    soft = _soften(logits_S, logits_T, temperature, mask)
-    return weighted_mean(_mean_over_present((soft.student - soft.teacher).square(), soft), soft.weight)
+    soft = soften(logits_S, logits_T, temperature, mask)
+    return weighted_mean(mean_over_present((soft.student - soft.teacher).square(), soft), soft.weight)
 
 
 @KD_LOSS_MAP.add("ce")
@@ -144,13 +81,13 @@ def kd_ce_loss(
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
     """
-    soft = _soften(logits_S, logits_T, temperature, mask)
-    log_q, log_p, absent = _log_distributions(soft)
-    terms = (log_p.exp() * log_q).masked_fill(absent, 0.0)
+    soft = soften(logits_S, logits_T, temperature, mask)
+    log_q, log_p = log_distributions(soft)
+    terms = (log_p.exp() * log_q).masked_fill(soft.absent, 0.0)
     return weighted_mean(-terms.sum(dim=-1), soft.weight)
 
 
-@KD_LOSS_MAP.add("kl")
+@KD_LOSS_MAP.add("kl", "forward_kl")
 @averaged_over("positions")
 def kd_kl_loss(
     logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1.0, mask: Tensor | None = None
@@ -179,10 +116,9 @@ def kd_kl_loss(
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
     """
-    soft = _soften(logits_S, logits_T, temperature, mask)
-    log_q, log_p, absent = _log_distributions(soft)
-    terms = (log_p.exp() * (log_p - log_q)).masked_fill(absent, 0.0)
-    return weighted_mean((terms * soft.temperature**2).sum(dim=-1), soft.weight)
+    soft = soften(logits_S, logits_T, temperature, mask)
+    log_q, log_p = log_distributions(soft)
+    return mean_over_positions(relative_entropy(log_p, log_q, soft.absent), soft)
 
 
 @KD_LOSS_MAP.add("sigmoid")
@@ -211,7 +147,7 @@ def kd_sigmoid_loss(
     Reference:
         Hinton, Vinyals, Dean, 2015, arXiv:1503.02531, section 2, with each label a distribution over yes and no.
     """
-    soft = _soften(logits_S, logits_T, temperature, mask)
+    soft = soften(logits_S, logits_T, temperature, mask)
     target = torch.sigmoid(soft.teacher)
     terms = F.binary_cross_entropy_with_logits(soft.student, target, reduction="none") * soft.temperature**2
-    return weighted_mean(_mean_over_present(terms, soft), soft.weight)
+    return weighted_mean(mean_over_present(terms, soft), soft.weight)

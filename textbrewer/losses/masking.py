@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Unit = Literal["rows", "positions", "pairs"]
+Unit = Literal["rows", "positions", "pairs", "batch"]
 _ATTRIBUTE = "averaged_over"
 
 
@@ -43,7 +43,8 @@ def averaged_over(unit: Unit) -> Callable[[F], F]:
     Args:
         unit: with a mask of ``n_b`` kept positions in row ``b``: ``"positions"`` counts ``sum_b n_b``, ``"pairs"``
             counts ``sum_b n_b ** 2``, ``"rows"`` counts the rows with ``n_b > 0``. A factor that does not depend on
-            the mask (heads, width) is left out.
+            the mask (heads, width) is left out. ``"batch"``: the loss compares the rows of a batch with each other,
+            so those of parts of a batch do not add up to that of the whole, whatever their weights.
 
     Raises:
         ValueError: if the unit is unknown.

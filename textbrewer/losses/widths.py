@@ -1,4 +1,4 @@
-"""How wide the student's (projected) feature must be beside the teacher's, noted on each loss that does not say "same"."""
+"""How wide the student's (projected) feature must be beside the teacher's, noted on losses that do not say "same"."""
 
 from __future__ import annotations
 

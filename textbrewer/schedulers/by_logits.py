@@ -1,4 +1,4 @@
-"""Weight schedules, functions of the progress of training, and temperature schedules, functions of the logits."""
+"""Temperature schedules that depend on the logits: one temperature for each position."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from textbrewer import checks
-from textbrewer.registry import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER
+from textbrewer.registry import TEMPERATURE_SCHEDULER, builder
 
 __all__ = [
     "LOWEST_TEMPERATURE",
+    "TemperatureScheduler",
     "constant_temperature_scheduler",
     "cwsm_temperature_scheduler_builder",
     "flsw_temperature_scheduler_builder",
-    "linear_decay_weight_scheduler",
-    "linear_growth_weight_scheduler",
 ]
 
 LOWEST_TEMPERATURE = 0.1
@@ -24,18 +23,6 @@ LOWEST_TEMPERATURE = 0.1
 
 TemperatureScheduler = Callable[..., Tensor]
 """``f(logits_S, logits_T, base_temperature, mask=None) -> tensor of shape logits_S.shape[:-1]``."""
-
-
-@WEIGHT_SCHEDULER.add("linear_growth")
-def linear_growth_weight_scheduler(x: float) -> float:
-    """Return the factor that grows from 0 to 1 as the progress ``x`` does."""
-    return x
-
-
-@WEIGHT_SCHEDULER.add("linear_decay")
-def linear_decay_weight_scheduler(x: float) -> float:
-    """Return the factor that decays from 1 to 0 as the progress ``x`` grows from 0 to 1."""
-    return 1 - x
 
 
 @TEMPERATURE_SCHEDULER.add("constant")
@@ -83,6 +70,7 @@ def _around_base(difficulty: Tensor, base: float | Tensor, beta: float, kept: Te
 
 
 @TEMPERATURE_SCHEDULER.add("flsw")
+@builder
 def flsw_temperature_scheduler_builder(beta: float, gamma: float, eps: float = 1e-4) -> TemperatureScheduler:
     r"""Build the schedule that lowers the temperature where student and teacher disagree (focal loss style weight).
 
@@ -127,6 +115,7 @@ def flsw_temperature_scheduler_builder(beta: float, gamma: float, eps: float = 1
 
 
 @TEMPERATURE_SCHEDULER.add("cwsm")
+@builder
 def cwsm_temperature_scheduler_builder(beta: float) -> TemperatureScheduler:
     r"""Build the schedule that lowers the temperature where the student is unsure (confidence weighted by its maximum).
 
