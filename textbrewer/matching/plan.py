@@ -161,4 +161,6 @@ def _remedy(feature: str) -> str:
             "output_hidden_states=True, as in train(..., output_hidden_states=True); or capture them with "
             "textbrewer.hooks"
         )
+    if feature in ("query", "key", "value", "scores"):
+        return "return it under that key, as textbrewer.hooks.capture_qkv gives it; adaptor='auto' does so"
     return "return a list of tensors under that key"

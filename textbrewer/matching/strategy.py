@@ -1,4 +1,4 @@
-"""How several layers of the student meet several of the teacher: what all matching strategies share, and their table."""
+"""How several layers of the student meet several of the teacher: what matching strategies share, and their table."""
 
 from __future__ import annotations
 
