@@ -82,14 +82,14 @@ def test_normalise_refuses(result, error, message):
 
 
 def test_features_of_the_user():
-    FEATURES.append("values")
+    FEATURES.append("gates")
     try:
         layers = [torch.zeros(1)]
-        assert normalise({"values": layers})["values"] is layers
-        with pytest.raises(KeyError, match="did you mean 'values'"):
-            normalise({"value": layers})
+        assert normalise({"gates": layers})["gates"] is layers
+        with pytest.raises(KeyError, match="did you mean 'gates'"):
+            normalise({"gate": layers})
     finally:
-        FEATURES.remove("values")
+        FEATURES.remove("gates")
 
 
 def test_resolve():

@@ -12,7 +12,7 @@ from textbrewer import checks
 
 __all__ = ["ADAPTOR_KEYS", "FEATURES", "Adaptor", "Views", "auto_adaptor", "auto_arguments", "normalise", "resolve"]
 
-FEATURES = ["hidden", "attention"]
+FEATURES = ["hidden", "attention", "query", "key", "value", "scores"]
 """Features of intermediate layers that an adaptor may return and a match may name."""
 
 ADAPTOR_KEYS = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
@@ -30,12 +30,13 @@ class Views(dict[str, Any]):
 
     Args:
         entries: keys of :data:`ADAPTOR_KEYS`. ``logits``, ``logits_mask``, ``losses`` and ``labels`` are lists of
-            tensors (one a prediction head), ``hidden`` and ``attention`` sequences of tensors (one a layer),
+            tensors (one a prediction head), those of :data:`FEATURES` sequences of tensors (one a layer),
             ``inputs_mask`` a tensor ``(batch, length)``.
         projected: the student's features after their projection, by the number of the match.
         captured: outputs of modules named by custom matches, by the number of the custom match.
 
-    ``reduced`` holds teacher features in the smaller form that a loss also takes, by the number of the match.
+    ``reduced`` holds teacher features in the smaller form that a loss also takes, by the number of the match;
+    ``learned`` what a distiller learns beside the student, such as the weights of several teachers.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Views(dict[str, Any]):
         self.projected = dict(projected or {})
         self.captured = dict(captured or {})
         self.reduced: dict[int, Any] = {}
+        self.learned: Any = None
 
 
 def normalise(results: Any, who: str = "adaptor") -> dict[str, Any]:
@@ -129,6 +131,10 @@ def auto_adaptor(batch: Any, outputs: Any) -> dict[str, Any]:
       sequence-to-sequence model those of the decoder;
     - ``inputs_mask``: the attention mask; of a sequence-to-sequence model the positions with a label.
 
+    Queries, keys, values and attention scores are no outputs of these models: where a match names ``query``, ``key``,
+    ``value`` or ``scores``, the distiller listens inside the model (:func:`textbrewer.hooks.attention_modules`) and
+    adds the layers that matches name, block 0 first.
+
     Args:
         batch: the batch the model was called with, a dict.
         outputs: the model's output.
@@ -186,10 +192,11 @@ def _question_answering(batch: Mapping[str, Any], outputs: Mapping[str, Any]) ->
 
 
 def _features(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hidden states and attention maps, of a model with encoder and decoder those of the decoder."""
+    """Return the features of layers, of a model with encoder and decoder those of the decoder."""
     return {
         "hidden": outputs.get("hidden_states", outputs.get("decoder_hidden_states")),
         "attention": outputs.get("attentions", outputs.get("decoder_attentions")),
+        **{name: outputs[name] for name in ("query", "key", "value", "scores") if name in outputs},
     }
 
 

@@ -26,6 +26,12 @@ ADAPTOR_KEY_MEANINGS = {
     "hidden": "hidden states, one tensor `(batch, length, width)` a layer; entry 0 is whatever you put first "
     "(for transformers models: the embeddings)",
     "attention": "attention maps or scores, one tensor `(batch, heads, length, length)` a layer",
+    "query": "queries of self-attention as they are projected, one tensor `(batch, heads, length, head width)` a layer; "
+    'this and the next three come by themselves with `adaptor="auto"`, for the layers that matches name',
+    "key": "keys, likewise, before any rotation; those that several heads share are repeated",
+    "value": "values, likewise",
+    "scores": "scaled products of queries and keys, before mask and softmax, `(batch, heads, length, length)` a layer; "
+    "of models that rotate queries and keys or add a bias (Llama, T5) not quite the model's own",
 }
 """What each key of an adaptor's dict holds; the names themselves come from ``ADAPTOR_KEYS``."""
 

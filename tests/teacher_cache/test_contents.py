@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.losses.samples import MASK, wave
+from tests.losses.samples import MASK, PAIRS, wave
+from tests.losses.samples import feature_of as read_by
 from textbrewer import MATCH_LOSS_MAP
 from textbrewer.adaptors import Views
 from textbrewer.configurations import IntermediateMatch
@@ -11,15 +12,15 @@ from textbrewer.losses.forms import form_of
 from textbrewer.teacher_cache.contents import Contents, form_name, layers_of
 
 LAYERS, BATCH, LENGTH, WIDTH, HEADS = 4, 3, 4, 6, 3
-PAIRS = ("fsp", "gram", "nst", "mmd")
-HIDDEN = ("hidden_mse", "cos", "pkd", *PAIRS)
-ATTENTION = ("attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean")
 
 
 def some_views(phase=0.0, mask=MASK, width=WIDTH):
     hidden = [wave(BATCH, LENGTH, width, phase=phase + layer, dtype=torch.float32) for layer in range(LAYERS + 1)]
     shape = (BATCH, HEADS, LENGTH, LENGTH)
     attention = [wave(*shape, phase=phase + 9 + layer, dtype=torch.float32) for layer in range(LAYERS)]
+    heads = [
+        wave(BATCH, HEADS, LENGTH, WIDTH, phase=phase + 30 + layer, dtype=torch.float32) for layer in range(LAYERS)
+    ]
     entries = {
         "logits": [wave(BATCH, 5, phase=phase + 20, dtype=torch.float32), wave(BATCH, 2, phase=phase + 21)],
         "logits_mask": [MASK.clone()],
@@ -27,6 +28,8 @@ def some_views(phase=0.0, mask=MASK, width=WIDTH):
         "losses": [torch.tensor(1.0)],
         "hidden": hidden,
         "attention": attention,
+        "scores": [scores + 1 for scores in attention],
+        "value": heads,
     }
     if mask is not None:
         entries["inputs_mask"] = mask
@@ -34,7 +37,7 @@ def some_views(phase=0.0, mask=MASK, width=WIDTH):
 
 
 def match_of(loss, layers=None):
-    feature = "attention" if loss in ATTENTION else "hidden"
+    feature = read_by(loss)
     if layers is None:
         layers = [1, 3] if loss in PAIRS else 2
     return IntermediateMatch(layer_T=layers, layer_S=layers, feature=feature, loss=loss, weight=1)
@@ -53,7 +56,10 @@ def feature_of(views, match):
 def loss_of(number, match, views_T, views_S):
     """The loss as a distiller computes it: of the reduced form where the views have one."""
     feature_T = views_T.reduced[number] if number in views_T.reduced else feature_of(views_T, match)
-    return MATCH_LOSS_MAP[match.loss](feature_of(views_S, match), feature_T, views_S.get("inputs_mask"))
+    feature_S = feature_of(views_S, match)
+    if match.loss == "vid":  # means and variances
+        feature_S = torch.cat([feature_S, feature_S.abs() + 1], dim=-1)
+    return MATCH_LOSS_MAP[match.loss](feature_S, feature_T, views_S.get("inputs_mask"))
 
 
 BASE = {"logits/0", "logits/1", "logits_mask/0", "inputs_mask"}
@@ -69,6 +75,12 @@ KEPT = {
     "attention_mse_sum": {"form/sum_of_heads/attention/2"},
     "attention_ce": {"attention/2"},
     "attention_ce_mean": {"form/mean_of_heads/attention/2"},
+    "attention_kl": {"attention/2"},
+    "scores_mse": {"scores/2"},
+    "relation_kl": {"value/2"},
+    "at": {"form/energies/hidden/2"},
+    **{name: {"hidden/2"} for name in ("sp", "cka", "vid", "layer_norm_mse", "state_mean", "state_variance")},
+    **{name: {"form/mean_of_positions/hidden/2"} for name in ("rkd_distance", "rkd_angle", "crd", "embed_distill")},
 }
 
 
@@ -184,8 +196,8 @@ def test_everything():
     live = some_views()
     tensors = contents.tensors(live)
     hidden = {f"hidden/{layer}" for layer in range(LAYERS + 1)}
-    attention = {f"attention/{layer}" for layer in range(LAYERS)}
-    assert set(tensors) == BASE | {"labels/0"} | hidden | attention
+    others = {f"{feature}/{layer}" for feature in ("attention", "scores", "value") for layer in range(LAYERS)}
+    assert set(tensors) == BASE | {"labels/0"} | hidden | others
     kept = contents.views(tensors, contents.counts(live))
     assert not kept.reduced
     assert set(kept) == set(live) - {"losses"}

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import CLASSES, VOCABULARY, Encoder, adaptor, make_loader
+from tests.losses.samples import PAIRS, feature_of, projection_of
 from tests.teacher_cache.jobs import KINDS, SAME, Job, Varied, apart, cache_at, lines, weights
 from textbrewer import CustomMatch, DistillationConfig, GeneralDistiller, TeacherCache
 from textbrewer.adaptors import auto_adaptor
@@ -86,12 +87,8 @@ def bert(kind="SequenceClassification", layers=2, width=16, seed=0, **settings):
 
 def match(loss):
     """An intermediate match with a loss, of layers that suit it."""
-    two = loss in ("nst", "mmd", "fsp", "gram")
-    feature = "attention" if loss.startswith("attention") else "hidden"
-    found = {"layer_T": [1, 3] if two else 2, "layer_S": [0, 2] if two else 1, "feature": feature, "loss": loss}
-    if feature == "hidden" and loss not in ("nst", "mmd"):
-        found["proj"] = "linear"
-    return {**found, "weight": 1.0}
+    layers = {"layer_T": [1, 3], "layer_S": [0, 2]} if loss in PAIRS else {"layer_T": 2, "layer_S": 1}
+    return {**layers, "feature": feature_of(loss), "loss": loss, "proj": projection_of(loss), "weight": 1.0}
 
 
 def bert_job(folder, cache=None, kind="SequenceClassification", losses=(), config=None, **options):

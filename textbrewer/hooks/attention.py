@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from textbrewer import checks
 from textbrewer.hooks.modules import Capture, Tap, first_tensor, label, resolve
 
-__all__ = ["attention_maps", "attention_scores", "capture_qkv"]
+__all__ = ["USUAL_PROJECTIONS", "attention_maps", "attention_scores", "capture_qkv", "qkv_tap"]
 
 _FEATURES = ("query", "key", "value")
 
 # The names that transformers' and timm's attention modules give to their projections and numbers of heads.
-_PROJECTIONS: tuple[tuple[str, ...], ...] = (
+USUAL_PROJECTIONS: tuple[tuple[str, ...], ...] = (
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),
     ("q_proj", "k_proj", "v_proj"),
@@ -77,16 +77,42 @@ def capture_qkv(
     checks.is_a(modules, (list, tuple), "modules", "a list of dotted names or modules")
     if not modules:
         raise ValueError(f"modules must name at least one attention module, got {modules!r}")
-    taps: list[Tap] = []
-    for name in modules:
-        attention, path = resolve(model, name), label(model, name)
-        parts = _projections(attention, path, projections)
-        layout = _layout(attention, path, num_heads, num_key_value_heads, len(parts) == 1, by_head)
-        for index, feature in enumerate(_FEATURES):
-            part = parts[index % len(parts)]
-            select = partial(_by_heads, index=index, layout=layout)
-            taps.append(Tap(feature, f"{path}.{part}".strip("."), resolve(attention, part), select))
-    return Capture(model, taps)
+    settings = projections, num_heads, num_key_value_heads, by_head
+    return Capture(model, [qkv_tap(model, name, feature, *settings) for name in modules for feature in _FEATURES])
+
+
+def qkv_tap(
+    model: nn.Module,
+    module: str | nn.Module,
+    feature: str,
+    projections: str | Sequence[str] | None = None,
+    num_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    by_head: bool = False,
+) -> Tap:
+    """Return where to listen for one feature of one attention module; the arguments are those of :func:`capture_qkv`.
+
+    Args:
+        model: the model.
+        module: the attention module.
+        feature: ``"query"``, ``"key"`` or ``"value"``.
+        projections: names inside the module.
+        num_heads: heads of the queries.
+        num_key_value_heads: heads of keys and values.
+        by_head: how the output of a single projection is laid out.
+
+    Raises:
+        KeyError: if the module or a projection is not there.
+        ValueError: if the feature is unknown, or the heads cannot be read or do not divide.
+    """
+    checks.one_of(feature, _FEATURES, "feature")
+    attention, path = resolve(model, module), label(model, module)
+    parts = _projections(attention, path, projections)
+    layout = _layout(attention, path, num_heads, num_key_value_heads, len(parts) == 1, by_head)
+    index = _FEATURES.index(feature)
+    part = parts[index % len(parts)]
+    select = partial(_by_heads, index=index, layout=layout)
+    return Tap(feature, f"{path}.{part}".strip("."), resolve(attention, part), select)
 
 
 def attention_scores(
@@ -195,11 +221,11 @@ def _projections(attention: nn.Module, path: str, given: str | Sequence[str] | N
     """Return the names of an attention module's three projections, or of the one that gives all three."""
     if given is None:
         children = dict(attention.named_children())
-        for usual in _PROJECTIONS:
+        for usual in USUAL_PROJECTIONS:
             if all(name in children for name in usual):
                 return usual
         raise KeyError(
-            f"{path!r} has none of the usual projections {', '.join('/'.join(usual) for usual in _PROJECTIONS)}; "
+            f"{path!r} has none of the usual projections {', '.join('/'.join(usual) for usual in USUAL_PROJECTIONS)}; "
             f"it has: {', '.join(children) or 'nothing'}; pass projections, or the module that holds them"
         )
     names = (given,) if isinstance(given, str) else tuple(given)

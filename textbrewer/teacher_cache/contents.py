@@ -12,6 +12,8 @@ from textbrewer.configurations import IntermediateMatch
 from textbrewer.losses.forms import TeacherForm, form_of
 
 _BY_HEAD = ("logits", "logits_mask", "labels")
+# Features whose layer n comes from within block n; of hidden states, layer n enters it.
+_INSIDE_BLOCKS = ("attention", "query", "key", "value", "scores")
 # A form is stored only where it is that much smaller than the layers that it is made of.
 _WORTH_IT = 0.5
 
@@ -135,9 +137,9 @@ def depth_of(name: str) -> float:
         return 0.0
     if key == "form":
         _, feature, layers = place.split("/")
-        return max(int(layer) for layer in layers.split(",")) + (feature == "attention")
-    if key in ("hidden", "attention"):
-        return int(place) + (key == "attention")
+        return max(int(layer) for layer in layers.split(",")) + (feature in _INSIDE_BLOCKS)
+    if key == "hidden" or key in _INSIDE_BLOCKS:
+        return int(place) + (key in _INSIDE_BLOCKS)
     return float("inf")
 
 

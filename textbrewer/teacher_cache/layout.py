@@ -15,6 +15,7 @@ from textbrewer.teacher_cache.contents import Contents, form_of_match
 from textbrewer.teacher_cache.items import Item
 from textbrewer.teacher_cache.keys import Rows
 
+_OF_HEADS = ("query", "key", "value")
 _POSITIONS = {"logits_mask": (1,), "inputs_mask": (1,), "labels": (1,)}
 
 
@@ -69,8 +70,10 @@ def positions_of(name: str, tensor: Tensor, contents: Contents) -> tuple[int, ..
         return _POSITIONS[key] if tensor.dim() > 1 else ()
     if key in ("logits", "hidden"):
         return (1,) if tensor.dim() == 3 else ()
-    if key == "attention":
+    if key in ("attention", "scores"):
         return tuple(range(tensor.dim() - 2, tensor.dim()))
+    if key in _OF_HEADS:
+        return {3: (1,), 4: (2,)}.get(tensor.dim(), ())
     if key == "form":
         named = name.split("/")[1]
         forms = [form_of_match(match) for _, match in contents.matches]
@@ -91,7 +94,8 @@ def depends_on_padding(tensors: Mapping[str, Tensor], rows: Rows, contents: Cont
     for name, tensor in tensors.items():
         if any(tensor.shape[dimension] != length for dimension in positions_of(name, tensor, contents)):
             return True
-        if name.startswith(("logits/", "hidden/")) and tensor.dim() > 3:
+        key = name.partition("/")[0]
+        if tensor.dim() > {"logits": 3, "hidden": 3, **dict.fromkeys(_OF_HEADS, 4)}.get(key, tensor.dim()):
             return True
         if name.startswith("logits/") and tensor.dim() == 2 and tensor.shape[1] == length:
             return True
