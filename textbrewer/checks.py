@@ -35,8 +35,16 @@ def is_a(value: object, types: type | tuple[type, ...], name: str, what: str) ->
         raise TypeError(f"{name} must be {what}, got {value!r} ({type(value).__name__})")
 
 
-def number(value: Any, name: str, *, minimum: float | None = None, above: float | None = None) -> None:
-    """Raise unless ``value`` is a finite number, at least ``minimum`` and greater than ``above``."""
+def number(
+    value: Any,
+    name: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise unless ``value`` is a finite number within the bounds: ``minimum`` and ``maximum`` are allowed values."""
     is_a(value, (int, float), name, "a number")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
@@ -44,6 +52,10 @@ def number(value: Any, name: str, *, minimum: float | None = None, above: float 
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be greater than {above}, got {value!r}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value!r}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name} must be less than {below}, got {value!r}")
 
 
 def integer(value: Any, name: str, *, minimum: int | None = None) -> None:

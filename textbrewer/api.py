@@ -1,0 +1,242 @@
+"""The short way in: ``distill(teacher, student, recipe=...)`` runs all stages of a published recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from textbrewer import checks, engine, recipes
+from textbrewer.adaptors import Adaptor
+from textbrewer.configurations import TrainingConfig
+from textbrewer.distillers import GeneralDistiller, MutualDistiller
+from textbrewer.hooks import resolve
+from textbrewer.recipes import Stage
+from textbrewer.recipes.lengths import lengths_of
+from textbrewer.recipes.optimisation import WarmUpAndDecay, make_optimizer
+from textbrewer.students import init_student_from_teacher
+from textbrewer.teacher_cache import TeacherCache
+
+__all__ = ["distill"]
+
+logger = logging.getLogger("textbrewer")
+
+_RECORD = "distill.json"
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module | int,
+    recipe: str = "hidden",
+    *,
+    dataloader: Iterable[Any],
+    num_epochs: int | None = None,
+    num_steps: int | None = None,
+    learning_rate: float | None = None,
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
+    output_dir: str | os.PathLike[str] = "./distilled",
+    callback: Callable[..., Any] | None = None,
+    adaptor_T: Adaptor | str = "auto",
+    adaptor_S: Adaptor | str = "auto",
+    teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
+    is_caching_logits: bool = False,
+    train_config: TrainingConfig | None = None,
+    max_grad_norm: float = 1.0,
+    resume: bool = True,
+    **settings: Any,
+) -> nn.Module:
+    """Distil a teacher into a student by a published recipe.
+
+    >>> student = textbrewer.distill(teacher, 3, recipe="tinybert", dataloader=loader, num_epochs=10)
+
+    The stages of the recipe run one after the other and share the given length. Each writes its checkpoints into a
+    folder of its own, ``output_dir/1-intermediate`` and so on; the same call goes on where it was interrupted.
+
+    Args:
+        teacher: the teacher, fine-tuned where the recipe is about a task; it is left as it is.
+        student: the student, which is trained in place; or how many of the teacher's layers to make one of
+            (:func:`textbrewer.students.init_student_from_teacher`, without dropout).
+        recipe: a name of ``textbrewer.recipes.RECIPES``.
+        dataloader: yields batches, as for :meth:`GeneralDistiller.train`.
+        num_epochs: passes over the data in all, shared by the stages; 3 if ``num_steps`` is not given either.
+        num_steps: optimiser steps in all; counts before ``num_epochs``. Needed if the dataloader has no length.
+        learning_rate: of all stages that do not set their own; 3e-4 by default.
+        optimizer: ``f(model, learning_rate) -> optimizer``, called for each stage; by default AdamW with weight decay
+            0.01 on all matrices (:func:`textbrewer.recipes.make_optimizer`). The rate warms up over the first tenth of
+            each stage's steps and then falls linearly to zero.
+        output_dir: folder of checkpoints, one folder a stage.
+        callback: ``callback(model=student, step=global_step)`` after each checkpoint: once a pass and at each end.
+        adaptor_T: what the teacher's outputs mean; ``"auto"`` for a transformers model.
+        adaptor_S: what the student's outputs mean, likewise.
+        teacher_cache: where the teacher's outputs are stored and found again, see ``GeneralDistiller``. Only for the
+            run's own teacher: another one that a recipe trains on the way is not stored.
+        is_caching_logits: keep what each stage needs of the teacher's outputs in main memory, see
+            ``DistillationConfig``; batches then keep their rows.
+        train_config: precision, device, logging and the like; its ``output_dir`` and ``ckpt_steps`` are set here.
+        max_grad_norm: gradients are clipped to this norm; not positive: no clipping.
+        resume: go on with what ``output_dir`` holds of the same call; ``False``: begin anew (checkpoints of an earlier
+            call are replaced as the new ones come).
+        **settings: the recipe's own settings, such as ``temperature=2``.
+
+    Returns:
+        The student.
+
+    Raises:
+        KeyError: if the recipe is unknown.
+        TypeError, ValueError: if an argument cannot work, or ``output_dir`` holds another distillation; the message
+            says what to do.
+    """
+    checks.is_a(is_caching_logits, bool, "is_caching_logits", "True or False")
+    checks.is_a(resume, bool, "resume", "True or False")
+    config = TrainingConfig() if train_config is None else train_config
+    checks.is_a(config, TrainingConfig, "train_config", "a TrainingConfig")
+    rate = 3e-4 if learning_rate is None else learning_rate
+    checks.number(rate, "learning_rate", above=0)
+    pupil, stages = _stages(recipe, teacher, student, settings)
+    accumulation = config.gradient_accumulation_steps
+    lengths, a_pass = lengths_of(stages, engine.size_of(dataloader), num_epochs, num_steps, accumulation)
+    _begin(Path(output_dir), {"recipe": recipe, "settings": _plain(settings), "steps": lengths, "rate": rate}, resume)
+    arguments = {
+        "dataloader": dataloader,
+        "scheduler_class": LambdaLR,
+        "max_grad_norm": max_grad_norm,
+        "resume_from": "latest" if resume else None,
+    }
+    make = make_optimizer if optimizer is None else optimizer
+    run = _Run(teacher, pupil, adaptor_T, adaptor_S, teacher_cache, is_caching_logits, make, rate, arguments, callback)
+    for number, (stage, steps) in enumerate(zip(stages, lengths, strict=True), 1):
+        logger.info("%s, stage %d of %d: %s, %d steps", recipe, number, len(stages), stage.name, steps)
+        place, every = str(Path(output_dir) / f"{number}-{stage.name}"), min(steps, a_pass)
+        run.train(stage, steps, dataclasses.replace(config, output_dir=place, ckpt_steps=every, save_total_limit=1))
+    return pupil
+
+
+def _stages(
+    recipe: str, teacher: nn.Module, student: nn.Module | int, settings: dict[str, Any]
+) -> tuple[nn.Module, list[Stage]]:
+    """Return the student, the given one or so many layers of the teacher, and the stages of the recipe."""
+    make = recipes.get(recipe)
+    checks.is_a(teacher, nn.Module, "teacher", "a torch module")
+    if isinstance(student, int) and not isinstance(student, bool):
+        student = init_student_from_teacher(teacher, layers=student, dropout=0.0)
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student must be a torch module, or a number of layers, got {student!r}")
+    try:
+        return student, make(teacher, student, **settings)
+    except TypeError as error:
+        raise TypeError(f"recipe {recipe!r}: {error}") from error
+
+
+@dataclass
+class _Run:
+    """What all stages of one call share; see :func:`distill`."""
+
+    teacher: nn.Module
+    student: nn.Module
+    adaptor_T: Adaptor | str
+    adaptor_S: Adaptor | str
+    teacher_cache: TeacherCache | str | os.PathLike[str] | None
+    is_caching_logits: bool
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    rate: float
+    arguments: dict[str, Any]
+    callback: Callable[..., Any] | None
+
+    def train(self, stage: Stage, steps: int, config: TrainingConfig) -> None:
+        """Train one stage."""
+        student = self.student if stage.student is None else stage.student
+        distiller = self._distiller(stage, config, student)
+        trained = distiller.cohort if isinstance(distiller, MutualDistiller) else student
+        with frozen_parts(student, stage.frozen), distiller:
+            distiller.train(
+                self.optimizer(trained, self.rate if stage.learning_rate is None else stage.learning_rate),
+                num_steps=steps,
+                scheduler_args={"lr_lambda": WarmUpAndDecay(steps)},
+                callback=self.callback if student is self.student else None,
+                **self.arguments,
+            )
+
+    def _distiller(
+        self, stage: Stage, config: TrainingConfig, student: nn.Module
+    ) -> GeneralDistiller | MutualDistiller:
+        """Return what trains a stage; a teacher that was a student of an earlier stage has the student's adaptor."""
+        if stage.peers:
+            like_teacher = [type(peer) is type(self.teacher) for peer in stage.peers]
+            adaptors = [self.adaptor_S, *(self.adaptor_T if like else self.adaptor_S for like in like_teacher)]
+            return MutualDistiller(config, stage.config, [student, *stage.peers], adaptors)
+        teacher = self.teacher if stage.teacher is None else stage.teacher
+        own = teacher is self.teacher
+        learn = dataclasses.replace(stage.config, is_caching_logits=self.is_caching_logits)
+        return GeneralDistiller(
+            config,
+            learn,
+            teacher,
+            student,
+            self.adaptor_T if own or type(teacher) is type(self.teacher) else self.adaptor_S,
+            self.adaptor_S,
+            teacher_cache=self.teacher_cache if own else None,
+        )
+
+
+@contextmanager
+def frozen_parts(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Keep modules of a model from training while the context is open.
+
+    Args:
+        model: the model.
+        names: dotted names of the modules.
+
+    Raises:
+        KeyError: if there is no module of a name.
+    """
+    parameters = [parameter for name in names for parameter in resolve(model, name).parameters()]
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in reversed(before):
+            parameter.requires_grad_(required)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON can hold them; a model is told by its class."""
+    plain: dict[str, Any] = {}
+    for name, value in settings.items():
+        try:
+            plain[name] = json.loads(json.dumps(value))
+        except TypeError:
+            plain[name] = type(value).__name__
+    return plain
+
+
+def _begin(folder: Path, record: dict[str, Any], resume: bool) -> None:
+    """Note in the output folder what is distilled there; refuse to go on with something else.
+
+    Raises:
+        ValueError: if the folder holds another distillation.
+    """
+    path = folder / _RECORD
+    if path.exists() and resume:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        other = sorted(name for name in record if found.get(name) != record[name])
+        if other:
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds another distillation ({other[0]} {found.get(other[0])!r}, here "
+                f"{record[other[0]]!r}); name another folder, or begin anew with resume=False"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
