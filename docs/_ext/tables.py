@@ -26,7 +26,7 @@ ADAPTOR_KEY_MEANINGS = {
     "hidden": "hidden states, one tensor `(batch, length, width)` a layer; entry 0 is whatever you put first "
     "(for transformers models: the embeddings)",
     "attention": "attention maps or scores, one tensor `(batch, heads, length, length)` a layer",
-    "query": "queries of self-attention as they are projected, one tensor `(batch, heads, length, head width)` a layer; "
+    "query": "queries of self-attention, as projected: one tensor `(batch, heads, length, head width)` a layer; "
     'this and the next three come by themselves with `adaptor="auto"`, for the layers that matches name',
     "key": "keys, likewise, before any rotation; those that several heads share are repeated",
     "value": "values, likewise",
@@ -35,10 +35,10 @@ ADAPTOR_KEY_MEANINGS = {
 }
 """What each key of an adaptor's dict holds; the names themselves come from ``ADAPTOR_KEYS``."""
 
-PUBLIC_MODULES = ("losses", "schedulers", "projections")
+PUBLIC_MODULES = ("losses", "schedulers", "projections", "matching")
 """Where the functions of the registries are documented in the API reference."""
 
-MEASURED_PAGES = ("quickstart_results", "parity", "was-wrong", "benchmarks")
+MEASURED_PAGES = ("quickstart_results", "experiments", "parity", "was-wrong", "benchmarks")
 """Pages that benchmarks write; a checkout without them builds all the same."""
 
 _ROLE = re.compile(r":(?:py:)?(class|func|meth|mod|data|attr|math):`([^`]+)`")
@@ -171,6 +171,9 @@ def all_tables() -> dict[str, str]:
         "weight_schedulers.md": registry_table(textbrewer.WEIGHT_SCHEDULER),
         "temperature_schedulers.md": registry_table(textbrewer.TEMPERATURE_SCHEDULER),
         "adaptor_keys.md": adaptor_table(textbrewer.ADAPTOR_KEYS),
+        "strategies.md": registry_table(textbrewer.matching.STRATEGIES),
+        "layer_maps.md": registry_table(textbrewer.matching.LAYER_MAPS),
+        "logit_transforms.md": registry_table(textbrewer.losses.LOGIT_TRANSFORMS),
         "modules.md": module_table(Path(textbrewer.__file__).parent),
     }
 
@@ -179,7 +182,16 @@ def write_tables(app: Any) -> None:
     """Write the generated files; the pages that include them are read after this."""
     folder = Path(app.srcdir) / "generated"
     folder.mkdir(exist_ok=True)
-    texts = {**all_tables(), "measured.md": measured_toctree(Path(app.srcdir))}
+    from cards import all_cards, overview  # reads this module
+
+    recipes = importlib.import_module("textbrewer.recipes").RECIPES
+    results = Path(app.srcdir).parent / "benchmarks" / "results" / "recipes"
+    texts = {
+        **all_tables(),
+        "measured.md": measured_toctree(Path(app.srcdir)),
+        "recipe_cards.md": all_cards(recipes, results),
+        "recipes.md": overview(recipes),
+    }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 

@@ -24,6 +24,8 @@ def annealing_kd(
     The temperature t falls from the highest to 1 in steps of equal length over the first stage. The batches need
     labels.
 
+    **When:** the teacher is much larger than the student, and the rows have labels.
+
     Args:
         teacher: the fine-tuned teacher.
         student: the student.

@@ -23,6 +23,8 @@ def teacher_assistant(
 ) -> list[Stage]:
     """Teacher assistant: the teacher teaches a model of middle size, and that one the student.
 
+    **When:** teacher and student are far apart in size. The assistant takes its share of the steps.
+
     Args:
         teacher: the fine-tuned teacher.
         student: the student.
@@ -70,6 +72,8 @@ def born_again(
 
     The last generation is the student. The paper's ensemble of all generations is not made.
 
+    **When:** the student is as large as the teacher and shall become better than it; labels are needed.
+
     Args:
         teacher: the first generation's teacher.
         student: what every generation starts as.
@@ -106,6 +110,8 @@ def deep_mutual_learning(
     r"""Deep mutual learning: students that learn from the labels and from each other, all at once.
 
     .. math:: L_i = \mathrm{CE}(y, q_i) + \frac{1}{N - 1} \sum_{j \ne i} \mathrm{KL}(q_j \Vert q_i)
+
+    **When:** there is no good teacher yet, or teacher and student are to be trained together; labels are needed.
 
     Args:
         teacher: joins as a peer that goes on learning (a copy of it does: the teacher itself is left as it is).

@@ -52,6 +52,8 @@ def _recipe(key: str, layers: int, what: str) -> Callable[..., list[Stage]]:
     Cross-entropy at temperature 8 without labels, mean squared error between uniformly mapped hidden states (projected
     where the widths differ) and ``nst`` between the products of the positions, all with weight 1.
 
+    **When:** results of TextBrewer are to be reproduced, or a student without any labels is wanted.
+
     Args:
         teacher: the fine-tuned teacher.
         student: the student, of {layers} layers.

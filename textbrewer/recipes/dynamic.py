@@ -25,6 +25,9 @@ def bert_emd(
 
     .. math:: L = L_\mathrm{KD} + \beta \left(\theta\, (L_\mathrm{att} + L_\mathrm{hid}) + L_\mathrm{emb}\right)
 
+    **When:** it is not known which layers belong together, and the cost of all pairs does not matter. Needs the extra
+    ``emd``.
+
     Args:
         teacher: the fine-tuned teacher.
         student: the student.
@@ -65,6 +68,8 @@ def cofi_dynamic(
 ) -> list[Stage]:
     """CoFi's distillation: each chosen layer of the teacher teaches the student's layer that is nearest to it.
 
+    **When:** the student's layers change while it learns, as in pruning; or which layers belong together is not known.
+
     Args:
         teacher: the fine-tuned teacher.
         student: the student; here it is not pruned, see compression for that.
@@ -99,6 +104,8 @@ def rail_kd(
 ) -> list[Stage]:
     """RAIL-KD: in every epoch another random subset of the teacher's layers, in order.
 
+    **When:** a deep teacher whose every layer should be used at the price of few.
+
     Args:
         teacher: the fine-tuned teacher.
         student: the student.
@@ -119,6 +126,8 @@ def rail_kd(
 @RECIPES.add("alp-kd")
 def alp_kd(teacher: nn.Module, student: nn.Module, weight: float = 1.0, temperature: float = 4.0) -> list[Stage]:
     """ALP-KD: each layer of the student learns from all of the teacher's, weighted by their likeness to it.
+
+    **When:** all of the teacher's layers should count and none be chosen by hand.
 
     Args:
         teacher: the fine-tuned teacher.

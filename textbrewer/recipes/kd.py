@@ -25,7 +25,7 @@ def kd(
 
     .. math:: L = \tau^2\, \mathrm{KL}(p^\tau \Vert q^\tau) + \lambda\, \mathrm{CE}(y, q)
 
-    Works with any two models whose logits mean the same.
+    **When:** always as the first thing to try, and wherever the two models have nothing in common but their logits.
 
     Args:
         teacher: the teacher.
@@ -54,7 +54,10 @@ def hidden(
     """KD on the logits and mean squared error between the hidden states of mapped layers, embeddings included.
 
     TextBrewer's usual recipe for a student that starts from layers of its teacher, with weights tuned in our
-    quickstart: a strong and simple default.
+    quickstart.
+
+    **When:** the student starts from layers of its teacher, or is at least a model of the same kind: the default of
+    :func:`textbrewer.distill`.
 
     Args:
         teacher: the teacher.
@@ -90,6 +93,9 @@ def distilbert(
     The published weights, with the masked-language-model loss where the adaptor's ``losses`` are those of a masked
     language model; on another task its labels take that place. The student starts from every other layer of its
     teacher (:func:`~textbrewer.students.init_student_from_teacher`).
+
+    **When:** a general student of half the layers, on plain text with a masked-language-model head; on a task with
+    labels it is KD with a cosine term.
 
     Args:
         teacher: the teacher.

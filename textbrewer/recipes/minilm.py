@@ -42,6 +42,8 @@ def minilm(
     afterwards. With ``prediction=False`` that is what you get; by default a stage of plain KD follows, so that a
     task's student comes out. The widths may differ, the numbers of heads not.
 
+    **When:** the student is narrower than its teacher but has as many heads, and there is text without labels.
+
     Args:
         teacher: the teacher.
         student: the student, with as many heads.
@@ -75,6 +77,8 @@ def minilmv2(
 
     The student's last layer learns from one layer of the teacher: published 12 of 12, 21 of 24 (BERT-large), 19 of 24
     (RoBERTa-large and XLM-R-large), with 48 relation heads for teachers of 12 heads and 64 for those of 16.
+
+    **When:** width, depth or heads of the two differ, whatever the student's shape; no projection is needed.
 
     Args:
         teacher: the teacher.

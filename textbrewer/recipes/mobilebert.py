@@ -32,6 +32,8 @@ def mobilebert(
     the statistics, which a projection changes at will). The last stage is half labels, half teacher, as published for
     the masked language model.
 
+    **When:** thin, deep students of the teacher's depth, and many steps: each layer has a stage of its own.
+
     Args:
         teacher: the teacher.
         student: the student.

@@ -20,6 +20,8 @@ def pkd_skip(
 
     :math:`L_\mathrm{PT}` is the squared distance between the directions of the first position's states.
 
+    **When:** classification from the first position (``[CLS]``), with labels and few layers taken from the teacher.
+
     Args:
         teacher: the teacher.
         student: the student, of at least 2 layers; published: it starts from the teacher's first layers.
@@ -40,6 +42,8 @@ def pkd_last(
     teacher: nn.Module, student: nn.Module, alpha: float = 0.5, temperature: float = 10.0, beta: float = 100.0
 ) -> list[Stage]:
     """PKD-Last: as PKD-Skip, with the teacher's upper layers.
+
+    **When:** as PKD-Skip, which was better in most of the paper's tasks.
 
     Args:
         teacher: the teacher.

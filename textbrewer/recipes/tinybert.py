@@ -46,6 +46,8 @@ def tinybert_general(
     Published: 3 epochs of the pretraining corpus, batches of 256. The student is fine-tuned or distilled on a task
     afterwards, see ``"tinybert"``.
 
+    **When:** the student starts at random and there is much text without labels.
+
     Args:
         teacher: the pretrained teacher.
         student: the student.
@@ -77,6 +79,9 @@ def tinybert(
     Published for BERT: 10 to 20 epochs at 5e-5 and 3 epochs at 3e-5 (learning rates for a student that has been through
     general distillation), on augmented data. The authors' code divides the soft cross-entropy by the number of classes
     as well; this one does not.
+
+    **When:** a narrow or randomly started student, many steps, augmented or unlabelled text. With few steps a recipe of
+    one stage makes better use of them.
 
     Args:
         teacher: the fine-tuned teacher.

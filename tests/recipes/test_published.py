@@ -1,0 +1,160 @@
+"""The layer maps and constants of each recipe, against those of the papers and the authors' code."""
+
+import pytest
+
+from tests.recipes.jobs import bert
+from textbrewer import recipes
+
+TWELVE_TO_FOUR = [(0, 0), (3, 1), (6, 2), (9, 3), (12, 4)]
+TWELVE_TO_SIX = [(0, 0), (2, 1), (4, 2), (6, 3), (8, 4), (10, 5), (12, 6)]
+
+
+def stages(name, layers_S, layers_T=12, **settings):
+    return recipes.get(name)(bert(layers_T), bert(layers_S), **settings)
+
+
+def pairs(stage, feature="hidden", loss=None):
+    """The pairs of layers that a stage brings together, teacher's and student's."""
+    found = []
+    for match in stage.config.intermediate_matches:
+        if match.feature != feature or (loss is not None and match.loss_name != loss):
+            continue
+        if isinstance(match.layer_T, list):
+            found += zip(match.layer_T, match.layer_S, strict=True)
+        else:
+            found.append((match.layer_T, match.layer_S))
+    return found
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(4, TWELVE_TO_FOUR), (6, TWELVE_TO_SIX)])
+@pytest.mark.parametrize("name", ["tinybert", "tinybert-general"])
+def test_tinybert(name, layers, expected):
+    # Jiao et al. 2020, section 4.2: g(m) = 3m for 4 layers, 2m for 6; attention is counted from 0 here.
+    first, *rest = stages(name, layers)
+    assert pairs(first) == expected
+    assert pairs(first, "scores") == [(layer_T - 1, layer_S - 1) for layer_T, layer_S in expected[1:]]
+    assert {match.weight for match in first.config.intermediate_matches} == {1}
+    assert (first.config.kd_loss_weight, first.config.hard_label_weight) == (0, 0)
+    if name == "tinybert":
+        (second,) = rest
+        assert (second.config.kd_loss_type, second.config.temperature) == ("ce", 1)
+        assert second.config.intermediate_matches == []
+    else:
+        assert not rest
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "expected"),
+    [
+        # Sun et al. 2019, section 4.2 and the authors' scripts.
+        ("pkd-skip", 6, [(2, 1), (4, 2), (6, 3), (8, 4), (10, 5)]),
+        ("pkd-last", 6, [(7, 1), (8, 2), (9, 3), (10, 4), (11, 5)]),
+        ("pkd-skip", 3, [(4, 1), (8, 2)]),
+        ("pkd-last", 3, [(10, 1), (11, 2)]),
+    ],
+)
+def test_pkd(name, layers, expected):
+    (stage,) = stages(name, layers, alpha=0.7, temperature=20, beta=500)
+    assert pairs(stage, loss="pkd") == expected
+    config = stage.config
+    assert (config.kd_loss_weight, config.temperature) == (0.7, 20)
+    assert config.hard_label_weight == pytest.approx(0.3)
+    # The authors' mean runs over layers and width as well; the width of the tiny models is 32.
+    assert {match.weight for match in config.intermediate_matches} == {500 / (len(expected) * 32)}
+
+
+def test_pkd_of_the_published_size():
+    # losses.md: beta 500 of the authors' code is 500 / (5 * 768) = 0.13 in the form that sums over width and layers.
+    (stage,) = recipes.get("pkd-skip")(bert(12, 768, 12), bert(6, 768, 12), beta=500)
+    assert {round(match.weight, 2) for match in stage.config.intermediate_matches} == {0.13}
+
+
+def test_distilbert():
+    # Sanh et al. 2019 and the authors' script: 5 KD at temperature 2, 2 MLM, 1 cosine of the last states.
+    (stage,) = stages("distilbert", 6)
+    config = stage.config
+    assert (config.kd_loss_weight, config.temperature, config.hard_label_weight) == (5, 2, 2)
+    assert pairs(stage, loss="cos") == [(12, 6)]
+    assert config.intermediate_matches[0].weight == 1
+
+
+def test_minilm():
+    # Wang et al. 2020, section 3: last layer of both, attention distributions and value relations, 1 to 1.
+    relations, prediction = stages("minilm", 6)
+    assert pairs(relations, "scores", "attention_kl") == [(11, 5)]
+    assert pairs(relations, "value", "relation_kl") == [(11, 5)]
+    assert {match.weight for match in relations.config.intermediate_matches} == {1}
+    assert prediction.config.intermediate_matches == []
+    assert [stage.name for stage in stages("minilm", 6, prediction=False)] == ["relations"]
+
+
+@pytest.mark.parametrize(("width", "heads", "layers", "published"), [(768, 12, 12, 48), (1024, 16, 24, 64)])
+def test_minilmv2(width, heads, layers, published):
+    # Wang et al. 2020b, section 4.1: 48 relation heads for base-size teachers, 64 for large ones.
+    teacher, student = bert(layers, width, heads), bert(2, 384, 12)
+    first = recipes.get("minilmv2")(teacher, student)[0]
+    assert [match.feature for match in first.config.intermediate_matches] == ["query", "key", "value"]
+    assert all(match.loss == ["relation_kl", {"heads": published}] for match in first.config.intermediate_matches)
+    chosen = recipes.get("minilmv2")(teacher, student, teacher_layer=layers - 3)[0]
+    assert {match.layer_T for match in chosen.config.intermediate_matches} == {layers - 4}
+
+
+def test_mobilebert():
+    # Sun et al. 2020, the authors' code: 100, 5000, 5 and 1 over the number of layers.
+    *layers, last = stages("mobilebert", 4, layers_T=4)
+    assert [stage.name for stage in layers] == ["layer-1", "layer-2", "layer-3", "layer-4"]
+    weights = {match.loss_name: match.weight * 4 for match in layers[1].config.intermediate_matches}
+    assert weights == {"layer_norm_mse": 100, "state_mean": 5000, "state_variance": 5, "attention_kl": 1}
+    assert pairs(layers[1], loss="state_mean") == [(2, 2)]
+    assert pairs(layers[1], "scores") == [(1, 1)]
+    assert (last.config.kd_loss_weight, last.config.hard_label_weight) == (1, 1)
+
+
+def test_bert_emd():
+    # Li et al. 2020: cls + beta (theta (att + hid) + emb), beta 0.01, theta 1, all layers of both.
+    (stage,) = stages("bert-emd", 4)
+    embeddings, hidden, scores = stage.config.intermediate_matches
+    assert (embeddings.layer_T, embeddings.layer_S, embeddings.weight) == ([0], [0], 0.01)
+    assert (hidden.layer_T, hidden.layer_S, hidden.weight) == (list(range(1, 13)), [1, 2, 3, 4], 0.01)
+    assert (scores.layer_T, scores.layer_S, scores.weight) == (list(range(12)), [0, 1, 2, 3], 0.01)
+    assert hidden.strategy == scores.strategy == "emd"
+    assert (stage.config.temperature, stage.config.kd_loss_weight) == (1, 1)
+
+
+def test_cofi():
+    # Xia et al. 2022, the authors' scripts: 0.1 KD at temperature 2, 0.9 layers, teacher layers 3, 6, 9, 12.
+    (stage,) = stages("cofi-dynamic", 6)
+    (match,) = stage.config.intermediate_matches
+    assert (match.layer_T, match.layer_S) == ([3, 6, 9, 12], [1, 2, 3, 4, 5, 6])
+    assert (match.weight, stage.config.kd_loss_weight, stage.config.temperature) == (0.9, 0.1, 2)
+    assert (match.strategy, match.proj) == ("ordered", "identity")
+    assert stages("cofi-dynamic", 6, ordered=False)[0].config.intermediate_matches[0].strategy == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "expected"),
+    [
+        # Yang et al. 2020, table of matches: T3, T4-tiny and T6 from a BERT of 12 layers.
+        ("textbrewer-L3", 3, 32, [(0, 0), (4, 1), (8, 2), (12, 3)]),
+        ("textbrewer-L3n", 3, 16, [(0, 0), (4, 1), (8, 2), (12, 3)]),
+        ("textbrewer-L4t", 4, 16, TWELVE_TO_FOUR),
+        ("textbrewer-L6", 6, 32, TWELVE_TO_SIX),
+        ("textbrewer-small", 12, 16, [(layer, layer) for layer in range(13)]),
+    ],
+)
+def test_textbrewers_own(name, layers, width, expected):
+    (stage,) = recipes.get(name)(bert(12), bert(layers, width))
+    assert pairs(stage, loss="hidden_mse") == expected
+    nst = [match for match in stage.config.intermediate_matches if match.loss == "nst"]
+    assert [(match.layer_T, match.layer_S) for match in nst] == [([t, t], [s, s]) for t, s in expected]
+    states = [match for match in stage.config.intermediate_matches if match.loss == "hidden_mse"]
+    assert {match.proj for match in states} == {None if width == 32 else "linear"}
+    assert (stage.config.temperature, stage.config.kd_loss_type, stage.config.hard_label_weight) == (8, "ce", 0)
+
+
+def test_annealing():
+    # Jafari et al. 2021: the annealed logits first, then the labels alone.
+    first, second = stages("annealing-kd", 6, max_temperature=7)
+    assert first.config.kd_loss_type == ["annealing", {"max_temperature": 7}]
+    assert (first.config.temperature, first.config.hard_label_weight) == (1, 0)
+    assert (second.config.kd_loss_weight, second.config.hard_label_weight) == (0, 1)
