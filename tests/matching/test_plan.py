@@ -125,3 +125,55 @@ def test_missing_feature(feature, remedy, views):
     assert repr(feature) in message
     assert "student" in message
     assert remedy in message
+
+
+STRATEGY = {"layer_T": [1, 2], "layer_S": [0, 1], "feature": "hidden", "loss": "hidden_mse", "weight": 1}
+
+
+def test_a_strategy_gets_the_loss_with_its_constants_and_the_numbers_of_layers():
+    loss = ["embed_distill", {"distance": "cosine"}]
+    match = IntermediateMatch(**{**STRATEGY, "loss": loss, "layer_T": [0, 1, 2], "strategy": ["random", {"seed": 4}]})
+    (planned,) = plan_matches([match])
+    assert planned.name == "hidden_embed_distill_random"
+    assert planned.compare is planned.strategy
+    assert (planned.strategy.layers_S, planned.strategy.layers_T, planned.strategy.seed) == (2, 3, 4)
+    state = torch.randn(3, 4, 5)
+    expected = MATCH_LOSS_MAP["embed_distill"](state, state.flip(0), distance="cosine")
+    assert planned.strategy.loss(state, state.flip(0)) == expected
+
+
+def test_a_strategys_name_is_unique_too():
+    match = IntermediateMatch(**STRATEGY, strategy="pairwise")
+    names = [planned.name for planned in plan_matches([match, match])]
+    assert names == ["hidden_hidden_mse_pairwise", "hidden_hidden_mse_pairwise_2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"strategy": "pairwize"}, KeyError, "unknown matching strategy 'pairwize'; did you mean 'pairwise'"),
+        ({"strategy": ["random", {"sed": 1}]}, ValueError, "'random' has no constant 'sed'; did you mean 'seed'"),
+        (
+            {"strategy": "pairwise", "layer_T": 1},
+            ValueError,
+            "layer_T of a match with strategy 'pairwise' must be a list",
+        ),
+        (
+            {"strategy": "pairwise", "layer_S": []},
+            ValueError,
+            "layer_S of a match with strategy 'pairwise' must be a list",
+        ),
+        ({"strategy": "pairwise", "layer_S": [1]}, ValueError, "pairwise"),
+        ({"strategy": "pairwise", "loss": "nst"}, ValueError, "'nst' takes two layers of each side"),
+        ({"strategy": 3}, TypeError, "strategy of an intermediate match must be a name"),
+        (
+            {"loss": ["hidden_mse", {"power": 2}]},
+            ValueError,
+            "match loss 'hidden_mse' has no constant 'power'; it has none",
+        ),
+        ({"loss": ["embed_distill", {"distans": "l2"}]}, ValueError, "did you mean 'distance'"),
+    ],
+)
+def test_bad_strategies_and_constants(change, error, message):
+    with pytest.raises(error, match=message):
+        plan_matches([IntermediateMatch(**{**STRATEGY, **change})])
