@@ -102,8 +102,7 @@ class Work:
             return anew(self.base, self.dropout, method.layers)
         start = self.base if method.start == "pretrained" else self.teacher
         if method.width is not None:
-            layers = list(method.layers)
-            return textbrewer.init_student_from_teacher(start, layers=layers, hidden=method.width, dropout=self.dropout)
+            return narrowed(start, method, self.dropout)
         return shorten(start, self.dropout, method.layers)
 
 
@@ -119,7 +118,8 @@ class Method:
         layers: those layers, counted from 0.
         swept: whether it has a sweep of its own; otherwise it takes what was found for ``hidden``.
         width: of the hidden states, the most important ones of the teacher's; ``None``: all.
-        teachers: how many it learns from: the own one, and those of the following seeds of three.
+        teachers: how many it learns from: the own one, and those of the other seeds of three.
+        headline: whether the headline tasks have it.
     """
 
     title: str
@@ -130,6 +130,7 @@ class Method:
     layers: tuple[int, ...] = LAYERS
     width: int | None = None
     teachers: int = 1
+    headline: bool = False
 
     @property
     def needs_teacher(self) -> bool:
@@ -144,8 +145,8 @@ class Method:
         return [seed, *others[: self.teachers - 1]]
 
     def applies(self, task: Task) -> bool:
-        """Return whether the method can be used on a task."""
-        return True
+        """Return whether the method is used on a task."""
+        return self.headline or not task.headline
 
     @property
     def shape(self) -> str:
@@ -248,6 +249,13 @@ class Recipe(Method):
             train_config=work.config(),
             **{"is_caching_logits": True, **copy.deepcopy(self.options)},
         )
+
+
+def narrowed(model: Any, method: Method, dropout: float) -> Any:
+    """Return the student of a method with a width: the model's most important features, of its layers."""
+    assert method.width is not None
+    width = min(method.width, model.config.hidden_size // 2)  # the model that only tries the script is narrower
+    return textbrewer.init_student_from_teacher(model, layers=list(method.layers), hidden=width, dropout=dropout)
 
 
 def supervise(work: Work, model: Any) -> Any:

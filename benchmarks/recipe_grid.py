@@ -131,6 +131,10 @@ class Grid:
             scores.setdefault((cell.rate, cell.dropout), []).append((self.read(cell) or {})["score"])
         return max(sorted(scores, key=lambda pair: (pair[0], -pair[1])), key=lambda pair: round(mean(scores[pair]), 6))
 
+    def sweep_task(self, task: str) -> str:
+        """Return the task whose sweeps give a task its rates."""
+        return TASKS[task].rates_of or task
+
     def source(self, task: str, method: str) -> str:
         """Return the method whose sweep gives a method its rate: itself, if it was ever swept."""
         if METHODS[method].swept or any(map(self.done, self.sweep_cells(task, method))):
@@ -147,8 +151,8 @@ class Grid:
         """Return what must be done before a cell, and whether its weights must be there."""
         found: list[tuple[Cell, bool]] = []
         if not cell.sweep:
-            source = self.source(cell.task, cell.method)
-            found += [(other, False) for other in self.sweep_cells(cell.task, source)]
+            task = self.sweep_task(cell.task)
+            found += [(other, False) for other in self.sweep_cells(task, self.source(task, cell.method))]
         if METHODS[cell.method].needs_teacher:
             if cell.sweep:
                 found += [(other, False) for other in self.sweep_cells(cell.task, "teacher")]
@@ -208,8 +212,9 @@ class Grid:
         """Return a cell's learning rate and dropout, and whose sweep they are of."""
         if cell.rate is not None and cell.dropout is not None:
             return cell.rate, cell.dropout, cell.method
-        source = self.source(cell.task, cell.method)
-        rate, dropout = self.best(cell.task, source)
+        task = self.sweep_task(cell.task)
+        source = self.source(task, cell.method)
+        rate, dropout = self.best(task, source)
         return rate, dropout, source
 
     def run(self, cell: Cell) -> dict[str, Any]:

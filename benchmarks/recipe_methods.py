@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import recipe_tasks
 import torch
-from recipe_cells import KD, Distilled, Method, Recipe, Supervised, Teacher, Work
-from recipe_models import LAYERS
+from recipe_cells import KD, Distilled, Method, Recipe, Supervised, Teacher, Work, narrowed
+from recipe_models import LAYERS, shorten
 from torch import nn
 
 import textbrewer
@@ -102,7 +103,7 @@ class MoreText(Recipe):
 
     def applies(self, task: Any) -> bool:
         """Return whether the task has such text."""
-        return not task.tags and (self.source == "augmented" or task.train_rows is not None)
+        return super().applies(task) and not task.tags and (self.source == "augmented" or task.train_rows is not None)
 
     def settings(self) -> dict[str, Any]:
         """Return what else to note with a result."""
@@ -138,12 +139,28 @@ def recipe(title: str, name: str, **fields: Any) -> Recipe:
     return Recipe(title, recipe=name, **fields)
 
 
+def example(method: Method, base: Any) -> Any:
+    """Return an untrained model of a method's shape, for its latency.
+
+    Args:
+        method: the method.
+        base: the whole pretrained model.
+    """
+    if isinstance(method, Ensemble):
+        return Mean([copy.deepcopy(base) for _ in range(method.teachers)])
+    if method.width is not None:
+        return narrowed(base, method, 0.0)
+    return shorten(base, 0.0, method.layers)
+
+
 METHODS: dict[str, Method] = {
-    "teacher": Teacher("teacher, 6 layers"),
-    "pretrained": Supervised("no teacher, pretrained layers", start="pretrained"),
+    "teacher": Teacher("teacher, 6 layers", headline=True),
+    "pretrained": Supervised("no teacher, pretrained layers", start="pretrained", headline=True),
     "finetuned": Supervised("no teacher, fine-tuned layers"),
     "kd": Distilled("plain KD", swept=True, learn=KD),
-    "hidden": Distilled("KD and hidden states", swept=True, learn={**KD, "intermediate_matches": HIDDEN}),
+    "hidden": Distilled(
+        "KD and hidden states", swept=True, learn={**KD, "intermediate_matches": HIDDEN}, headline=True
+    ),
     "tinybert": recipe("TinyBERT, two stages", "tinybert"),
     "minilmv2": recipe("MiniLMv2, then KD", "minilmv2"),
     "minilm": recipe("MiniLM, then KD", "minilm"),
@@ -168,6 +185,8 @@ METHODS: dict[str, Method] = {
     "unlabelled": MoreText("KD and hidden states, more unlabelled text", recipe="hidden", source="unlabelled"),
     "augmented": MoreText("KD and hidden states, augmented text", recipe="hidden", source="augmented"),
     "narrow": recipe("KD and hidden states, 3 layers of width 192", "hidden", width=192),
-    "narrow-6": recipe("KD and hidden states, 6 layers of width 192", "hidden", width=192, layers=tuple(range(6))),
+    "narrow-6": recipe(
+        "KD and hidden states, 6 layers of width 192", "hidden", width=192, layers=tuple(range(6)), headline=True
+    ),
     "random": recipe("KD and hidden states, random start", "hidden", start="random"),
 }

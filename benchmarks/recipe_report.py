@@ -10,6 +10,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import recipe_grid
+import recipe_methods
 import recipe_models
 import recipe_tasks
 import torch
@@ -18,8 +19,10 @@ from headline import markdown
 from recipe_grid import Cell, Grid
 from recipe_methods import METHODS
 from recipe_tasks import TASKS
+from recipe_verdicts import FIVE, verdicts
 
 NOTHING, BASELINE = "\N{EN DASH}", "pretrained"
+DRAWN = ("teacher", "pretrained", "finetuned", "kd", "hidden", "tinybert", "minilmv2", "several-teachers", "narrow")
 INTRODUCTION = """\
 # What the recipes give: experiments
 
@@ -58,7 +61,7 @@ def write(grid: Grid, folder: Path) -> None:
         folder: the docs' folder.
     """
     latencies = read_latencies(grid)
-    parts = [introduction(), "## All tasks\n", overview(grid)]
+    parts = [introduction(), "## What it shows\n", VERDICTS, verdicts(grid), "\n## All tasks\n", overview(grid)]
     if draw(grid, latencies, folder / "images"):
         parts.append("\n![score against latency](images/recipes_latency.svg)")
     for task in TASKS:
@@ -67,11 +70,17 @@ def write(grid: Grid, folder: Path) -> None:
         parts += ["\n## Learning curves\n", "Score on the held-out rows at each epoch's end, mean of the seeds.\n"]
         parts.append("![learning curves](images/recipes_curves.svg)")
     parts += ["\n## The sweeps\n", SWEEPS]
-    for task in TASKS:
-        parts += [f"\n### {TASKS[task].title}\n", sweep_table(grid, task)]
+    for task in TASKS.values():
+        if task.rates_of is None:
+            parts += [f"\n### {task.title}\n", sweep_table(grid, task.name)]
     recipe_grid.write(folder / "experiments.md", "\n".join(parts) + "\n")
     print(f"{folder / 'experiments.md'} is written")
 
+
+VERDICTS = """\
+The spread is the larger of the two standard deviations over the seeds. Recipes have default settings, and one learning
+rate a task: that found for "KD and hidden states".
+"""
 
 SWEEPS = """\
 `python benchmarks/recipes.py --sweep`: score on the tenth of the training rows that was set aside, one training each
@@ -115,10 +124,10 @@ def paired(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) 
 
 def overview(grid: Grid) -> str:
     """Return the table of all methods and tasks."""
-    header = ["method", *(f"{task.title}, {task.metric}" for task in TASKS.values()), "average"]
+    header = ["method", *(f"{TASKS[task].title}, {TASKS[task].metric}" for task in FIVE), "average"]
     rows = []
     for name, method in METHODS.items():
-        scores = [[result["score"] for result in results(grid, task, name).values()] for task in TASKS]
+        scores = [[result["score"] for result in results(grid, task, name).values()] for task in FIVE]
         average = f"{mean(map(mean, scores)):.1f}" if all(scores) else NOTHING
         rows.append([method.title, *map(spread, scores), average])
     return markdown(header, rows)
@@ -134,6 +143,8 @@ def task_table(grid: Grid, task: str, latencies: dict[str, Any]) -> str:
     rows = []
     for name, method in METHODS.items():
         found = results(grid, task, name)
+        if not method.applies(TASKS[task]):
+            continue
         values = list(found.values())
         row = [method.title]
         row.append(f"{spread([result['score'] for result in values])} ({len(found)})" if found else NOTHING)
@@ -198,7 +209,7 @@ def measure_latency(grid: Grid, tasks: Sequence[str]) -> None:
     for name in tasks:
         task = TASKS[name]
         base = recipe_models.pretrained(task, grid.model, 0, grid.tiny)
-        models = {"6 layers": base, f"{len(recipe_models.LAYERS)} layers": recipe_models.shorten(base, 0.0)}
+        models = {method.shape: recipe_methods.example(method, base) for method in METHODS.values()}
         rows = grid.load(Cell(name, "teacher", 0)).texts
         inputs = [recipe_tasks.encode(task, [row], tokenizer, return_tensors="pt") for row in rows]
         kept[name] = {shape: round(value, 3) for shape, value in latencies_of(models, inputs).items()}
@@ -230,7 +241,7 @@ def draw(grid: Grid, latencies: dict[str, Any], folder: Path) -> bool:
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "recipes"  # the same numbers give the same file
-    drawn = [task for task in TASKS if any(results(grid, task, name) for name in METHODS)]
+    drawn = [task for task in FIVE if any(results(grid, task, name) for name in METHODS)]
     timed = [task for task in drawn if task in latencies.get("tasks", {})]
     if drawn:
         panels(drawn, folder / "recipes_curves.svg", lambda task, axes: draw_curves(grid, task, axes))
@@ -260,7 +271,7 @@ def panels(tasks: Sequence[str], path: Path, fill: Callable[[str, Any], None]) -
 
 def draw_curves(grid: Grid, task: str, axes: Any) -> None:
     """Draw the mean score of the seeds over the steps."""
-    for number, (name, method) in enumerate(METHODS.items()):
+    for number, (name, method) in enumerate((name, METHODS[name]) for name in DRAWN):
         curves = [result["curve"] for result in results(grid, task, name).values()]
         curves = [curve for curve in curves if len(curve) == len(curves[0])]
         if curves:
@@ -272,7 +283,7 @@ def draw_curves(grid: Grid, task: str, axes: Any) -> None:
 
 def draw_points(grid: Grid, task: str, axes: Any, times: dict[str, float]) -> None:
     """Draw score against latency; points of one latency are set a little apart."""
-    for number, (name, method) in enumerate(METHODS.items()):
+    for number, (name, method) in enumerate((name, METHODS[name]) for name in DRAWN):
         scores = [result["score"] for result in results(grid, task, name).values()]
         if scores and method.shape in times:
             place = times[method.shape] * (1 + 0.01 * (number % 7 - 3))

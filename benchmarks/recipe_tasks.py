@@ -50,6 +50,8 @@ class Task:
         sweep_seeds: of each rate of a sweep.
         longest: pieces; what is longer is cut.
         train_rows, eval_rows: a fixed random choice of so many rows; ``None``: all.
+        rates_of: the task whose sweeps' learning rates count; ``None``: its own.
+        headline: a task for the few headline figures, with which not all methods are tried.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Task:
     longest: int = 64
     train_rows: int | None = None
     eval_rows: int | None = None
+    rates_of: str | None = None
+    headline: bool = False
 
     @property
     def tags(self) -> bool:
@@ -165,6 +169,16 @@ TASKS = {
             epochs=4,
             seeds=5,
             longest=128,
+        ),
+        Task(
+            "sst2-full",
+            "SST-2, all rows",
+            "sst2_glue",
+            read_sentences("sst2"),
+            sentences.CLASSES["sst2"],
+            epochs=2,
+            rates_of="sst2",
+            headline=True,
         ),
         Task("wikiann", "WikiANN", "wikiann_en", read_wikiann, wikiann.TAGS, 3, train_rows=10_000, eval_rows=3_000),
     )
