@@ -14,9 +14,9 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 LEVELS = (
     {"names"},
     {"registry", "checks"},
-    {"losses", "schedulers", "projections", "adaptors", "hooks", "data_utils", "utils"},
+    {"losses", "schedulers", "projections", "adaptors", "hooks", "collators", "data_utils", "utils"},
     {"configurations", "presets"},
-    {"matching", "teacher_cache", "engine", "compression", "report"},
+    {"matching", "students", "teacher_cache", "engine", "compression", "report"},
     {"distillers", "recipes"},
     {"api"},
     {"cli", "__init__"},

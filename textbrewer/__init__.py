@@ -1,16 +1,23 @@
 """Knowledge distillation and model compression: a small fast model out of a big trained one."""
 
 from textbrewer import (
+    collators,
     configurations,
     data_utils,
     distillers,
     losses,
+    matching,
     presets,
     projections,
+    recipes,
+    report,
     schedulers,
+    students,
     utils,
 )
 from textbrewer.adaptors import ADAPTOR_KEYS, FEATURES
+from textbrewer.api import distill
+from textbrewer.collators import TwoTokenizerCollator
 from textbrewer.configurations import DistillationConfig, IntermediateMatch, TrainingConfig
 from textbrewer.distillers import (
     BasicDistiller,
@@ -19,8 +26,10 @@ from textbrewer.distillers import (
     GeneralDistiller,
     MultiTaskDistiller,
     MultiTeacherDistiller,
+    MutualDistiller,
     precompute,
 )
+from textbrewer.matching import match_layers
 from textbrewer.presets import register_new
 from textbrewer.registry import (
     KD_LOSS_MAP,
@@ -29,6 +38,7 @@ from textbrewer.registry import (
     TEMPERATURE_SCHEDULER,
     WEIGHT_SCHEDULER,
 )
+from textbrewer.students import init_student_from_teacher
 from textbrewer.teacher_cache import CacheError, CacheInfo, TeacherCache
 
 __version__ = "0.3.0.dev0"
@@ -61,16 +71,26 @@ __all__ = [
     "IntermediateMatch",
     "MultiTaskDistiller",
     "MultiTeacherDistiller",
+    "MutualDistiller",
     "TeacherCache",
     "TrainingConfig",
+    "TwoTokenizerCollator",
+    "collators",
     "configurations",
     "data_utils",
+    "distill",
     "distillers",
+    "init_student_from_teacher",
     "losses",
+    "match_layers",
+    "matching",
     "precompute",
     "presets",
     "projections",
+    "recipes",
     "register_new",
+    "report",
     "schedulers",
+    "students",
     "utils",
 ]

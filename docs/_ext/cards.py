@@ -81,7 +81,7 @@ def result_of(folder: Path, method: str, baseline: str = "pretrained") -> str:
     gains = ", ".join(f"{task} {mean(own[task]) - mean(other[task]):+.1f}" for task in shared)
     counts = sorted({len(own[task]) for task in shared})
     seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
-    return f"in points, against the tuned student without a teacher: {gains} ({seeds}); see [](experiments)."
+    return f"in points, against the tuned student without a teacher: {gains} ({seeds}); see [](experiments.md)."
 
 
 def all_cards(recipes: Mapping[str, Callable[..., Any]], folder: Path) -> str:

@@ -173,6 +173,7 @@ def all_tables() -> dict[str, str]:
         "adaptor_keys.md": adaptor_table(textbrewer.ADAPTOR_KEYS),
         "strategies.md": registry_table(textbrewer.matching.STRATEGIES),
         "layer_maps.md": registry_table(textbrewer.matching.LAYER_MAPS),
+        "targets.md": registry_table(importlib.import_module("textbrewer.distillers.targets").TARGETS),
         "logit_transforms.md": registry_table(textbrewer.losses.LOGIT_TRANSFORMS),
         "modules.md": module_table(Path(textbrewer.__file__).parent),
     }

@@ -9,6 +9,7 @@ import torch
 from textbrewer import KD_LOSS_MAP
 from textbrewer.adaptors import Views
 from textbrewer.distillers import heads, terms
+from textbrewer.distillers.knowledge import KnowledgeLoss
 from textbrewer.schedulers import cwsm_temperature_scheduler_builder, flsw_temperature_scheduler_builder
 
 ROWS, LENGTH, CLASSES = 3, 5, 4
@@ -35,7 +36,7 @@ def picked(logits, mask):
 
 
 def kd(name="ce", scheduler=None, shift=False, loss=None):
-    return terms.KnowledgeLoss(loss or KD_LOSS_MAP[name], 2.0, scheduler, shift)
+    return KnowledgeLoss(loss or KD_LOSS_MAP[name], 2.0, scheduler, shift)
 
 
 def value(views_S, views_T, knowledge):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.distillers.setups import Setup, weights
+from tests.losses.samples import PAIRS, feature_of
 from textbrewer import MATCH_LOSS_MAP
 from textbrewer.distillers.stacking import Stacking, make_stacking
 
@@ -33,9 +34,12 @@ def both(stacking, losses, student, teacher, mask):
 @pytest.mark.parametrize("name", MATCH_LOSS_MAP)
 def test_values_and_gradients(name, masked):
     loss, mask = MATCH_LOSS_MAP[name], MASK if masked else None
-    shape = (ROWS, 2, LENGTH, LENGTH) if name.startswith("attention") else (ROWS, LENGTH, WIDTH)
+    shapes = {"hidden": (ROWS, LENGTH, WIDTH), "value": (ROWS, 2, LENGTH, WIDTH)}
+    shape = shapes.get(feature_of(name), (ROWS, 2, LENGTH, LENGTH))
     student, teacher = features(3, shape), features(3, shape, seed=1, student=False)
-    if name in ("fsp", "gram", "nst", "mmd"):
+    if name == "vid":  # means and variances
+        student = [torch.cat([item, item.abs() + 1], dim=-1).detach().requires_grad_() for item in student]
+    if name in PAIRS:
         student, teacher = ([[item, item * 0.5] for item in side] for side in (student, teacher))
         student = [[item[0].detach().requires_grad_(), item[1].detach().requires_grad_()] for item in student]
     stacking = Stacking()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import Encoder, adaptor, make_config, make_loader
+from tests.losses.samples import PAIRS, feature_of
 from textbrewer import (
     KD_LOSS_MAP,
     MATCH_LOSS_MAP,
@@ -17,6 +18,7 @@ from textbrewer import (
 )
 from textbrewer.adaptors import Views
 from textbrewer.distillers import terms
+from textbrewer.distillers.knowledge import KnowledgeLoss, accepts
 from textbrewer.losses import averaged_over
 from textbrewer.matching import plan_matches
 
@@ -42,7 +44,7 @@ def match(loss="hidden_mse", layer_T=0, layer_S=1, feature="hidden", weight=1.0,
 
 def test_kd_term():
     logits_S, logits_T = numbers(ROWS, CLASSES), numbers(ROWS, CLASSES, seed=1)
-    knowledge = terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 3.0)
+    knowledge = KnowledgeLoss(KD_LOSS_MAP["ce"], 3.0)
     (term,) = terms.kd_terms(Views({"logits": [logits_S]}), Views({"logits": [logits_T]}), knowledge, terms.Now(0.7, 0))
     assert (term.name, term.weight, term.averaged_over) == ("kd_loss", 0.7, "rows")
     expected = -((logits_T / 3).softmax(-1) * (logits_S / 3).log_softmax(-1)).sum(-1).mean()
@@ -65,7 +67,7 @@ def test_what_the_kd_term_averages_over(shapes, masked, kind):
     views = {"logits": [numbers(*shape) for shape in shapes]}
     if masked:
         views["logits_mask"] = [MASK]
-    knowledge = terms.KnowledgeLoss(KD_LOSS_MAP["mse"], 1.0)
+    knowledge = KnowledgeLoss(KD_LOSS_MAP["mse"], 1.0)
     (term,) = terms.kd_terms(Views(views), Views(views), knowledge, NOW)
     assert term.averaged_over == kind
 
@@ -78,18 +80,18 @@ def test_temperature_schedule_of_the_logits():
         return 10.0
 
     logits_S, logits_T = numbers(ROWS, CLASSES), numbers(ROWS, CLASSES, seed=1)
-    knowledge = terms.KnowledgeLoss(KD_LOSS_MAP["mse"], 4.0, schedule)
+    knowledge = KnowledgeLoss(KD_LOSS_MAP["mse"], 4.0, schedule)
     found = knowledge(logits_S, logits_T, None)
     assert found.item() == pytest.approx(((logits_S - logits_T) / 10).square().mean().item())
     assert calls == [(logits_S, logits_T, 4.0)]
 
 
 def test_accepts_mask():
-    assert all(terms.accepts(KD_LOSS_MAP[name], "mask") for name in ("ce", "mse", "kl", "sigmoid"))
-    assert not terms.accepts(lambda logits_S, logits_T, temperature: 0, "mask")
-    assert not terms.accepts(dict.fromkeys, "mask")  # written in C
-    assert terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0).takes_mask
-    assert not terms.KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0, lambda logits_S, logits_T, base: base).takes_mask
+    assert all(accepts(KD_LOSS_MAP[name], "mask") for name in ("ce", "mse", "kl", "sigmoid"))
+    assert not accepts(lambda logits_S, logits_T, temperature: 0, "mask")
+    assert not accepts(dict.fromkeys, "mask")  # written in C
+    assert KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0).takes_mask
+    assert not KnowledgeLoss(KD_LOSS_MAP["ce"], 1.0, lambda logits_S, logits_T, base: base).takes_mask
 
 
 # ---- matches -----------------------------------------------------------------------------------------------------
@@ -99,12 +101,13 @@ def test_accepts_mask():
 @pytest.mark.parametrize("name", MATCH_LOSS_MAP)
 def test_match_terms(name, masked):
     """Each match loss on the features that the match names, under the student's mask."""
-    pair = name in ("fsp", "gram", "nst", "mmd")
-    feature = "attention" if name.startswith("attention") else "hidden"
-    width = LENGTH if feature == "attention" else WIDTH
+    pair, feature = name in PAIRS, feature_of(name)
+    width = LENGTH if feature in ("attention", "scores") else WIDTH
     student, teacher = layers(3, width, seed=1), layers(3, width, seed=5)
-    if feature == "attention":
-        student, teacher = ([scores.unsqueeze(1) for scores in side] for side in (student, teacher))
+    if name == "vid":  # means and variances
+        student = [torch.cat([item, item.abs() + 1], dim=-1) for item in student]
+    if feature != "hidden":
+        student, teacher = ([item.unsqueeze(1) for item in side] for side in (student, teacher))
     layer_T, layer_S = ([2, 0], [1, 2]) if pair else (2, 1)
     views_S = {feature: student, **({"inputs_mask": MASK} if masked else {})}
     plan = plan_matches([match(name, layer_T, layer_S, feature, weight=3.0)])

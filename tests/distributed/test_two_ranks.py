@@ -132,7 +132,16 @@ def test_only_one_process_writes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["general, projections, accumulation", "general, cached", "multi-task", "own generator", "trainer"]
+    "name",
+    [
+        "general, projections, accumulation",
+        "general, cached",
+        "multi-task",
+        "multi-teacher, sample",
+        "multi-teacher, gate",
+        "own generator",
+        "trainer",
+    ],
 )
 def test_resumed_runs_end_the_same(name, tmp_path):
     processes.run_ranks(2, tmp_path, worker.resume, tmp_path, name)

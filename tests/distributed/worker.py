@@ -84,6 +84,39 @@ def multi_teacher(folder: Path, times: int) -> Tensor:
     return weights(distiller)
 
 
+def _target(folder: Path, times: int, target: Any, **settings: Any) -> Tensor:
+    """Two teachers, one of them with a projection, and what the target learns."""
+    student, teachers = Encoder(dropout=0.0, seed=1), [Encoder(seed=2), Encoder(width=48, seed=3)]
+    config = DistillationConfig(hard_label_weight=1, intermediate_matches=[{**PROJECTED[0], "teacher": 1}])
+    seed_all(0)
+    distiller = MultiTeacherDistiller(
+        make_config(folder, **settings), config, teachers, student, adaptor, adaptor, target=target
+    )
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.train(optimizer, make_loader(24, 4 * times, full=True), num_epochs=2)
+    learned = [] if distiller.learner is None else [item.detach().flatten() for item in distiller.learner.parameters()]
+    return torch.cat([weights(distiller), *learned])
+
+
+def sampled(folder: Path, times: int) -> Tensor:
+    """One teacher a batch, the same on both processes; DDP wants a gradient for the projection to the other."""
+    return _target(folder, times, ["sample", {"seed": 4}], find_unused_parameters=False)
+
+
+def gated(folder: Path, times: int) -> Tensor:
+    return _target(folder, times, ["gate", {"lr": 0.1, "size": 8}], find_unused_parameters=False)
+
+
+def agreed(folder: Path, times: int) -> Tensor:
+    """The weights follow from the gradients on both processes."""
+    return _target(folder, times, "agree")
+
+
+def uncertain(folder: Path, times: int) -> Tensor:
+    """Also where DDP looks for parameters without a gradient."""
+    return _target(folder, times, ["uncertainty", {"lr": 0.1}], find_unused_parameters=True)
+
+
 def trainer(folder: Path, times: int) -> Tensor:
     model = Encoder(dropout=0.0, seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -175,6 +208,10 @@ SAME: dict[str, Callable[[Path, int], Tensor]] = {
         cached,
         steps,
         multi_teacher,
+        sampled,
+        gated,
+        agreed,
+        uncertain,
         trainer,
         tasks,
         cached_tasks,

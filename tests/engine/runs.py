@@ -51,6 +51,7 @@ class Scenario:
         config: settings of the training, beside the checkpoints'.
         distill: settings of the distillation.
         train: further arguments of ``train()``; ``callback`` is one of this module's.
+        distiller: further arguments of the distiller.
     """
 
     kind: str = "basic"
@@ -59,6 +60,7 @@ class Scenario:
     config: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    distiller: dict[str, Any] = field(default_factory=dict)
 
 
 class TwoHeads(Encoder):
@@ -172,6 +174,18 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "basic, cached, steps": Scenario(loader=shuffled(), distill={"is_caching_logits": True}, length={"num_steps": 14}),
     "multi-teacher": Scenario("multi_teacher", shuffled()),
+    "multi-teacher, sample": Scenario(
+        "multi_teacher",
+        shuffled(),
+        distill={"intermediate_matches": [{**PROJECTED[0], "teacher": 0}]},
+        distiller={"target": ["sample", {"weights": [2, 1], "seed": 5}]},
+        length={"num_steps": 13},
+    ),
+    "multi-teacher, gate": Scenario("multi_teacher", shuffled(), distiller={"target": ["gate", {"size": 8}]}),
+    "multi-teacher, uncertainty": Scenario("multi_teacher", shuffled(), distiller={"target": "uncertainty"}),
+    "multi-task, uncertainty": Scenario(
+        "multi_task", length={"num_steps": 13}, distiller={"task_weights": "uncertainty"}
+    ),
     "multi-task": Scenario("multi_task", length={"num_steps": 13}, train={"tau": 0.5}),
     "multi-task, cached": Scenario("multi_task", length={"num_steps": 13}, distill={"is_caching_logits": True}),
     "trainer": Scenario("trainer", shuffled(), train={"max_grad_norm": 1.0}),
@@ -249,7 +263,8 @@ class Run:
             return GeneralDistiller(self.config, config, teacher, self.student, adaptor, adaptor)
         if kind == "multi_teacher":
             teachers = [teacher, Encoder(width=16, seed=TEACHER_SEED + 1)]
-            return MultiTeacherDistiller(self.config, config, teachers, self.student, adaptor, adaptor)
+            more = self.scenario.distiller
+            return MultiTeacherDistiller(self.config, config, teachers, self.student, adaptor, adaptor, **more)
         teachers_by_task = {"a": teacher, "b": Encoder(seed=TEACHER_SEED + 1)}
         return MultiTaskDistiller(
             self.config,
@@ -258,6 +273,7 @@ class Run:
             self.student,
             {"a": adaptor, "b": adaptor},
             {"a": adaptor, "b": other_head},
+            **self.scenario.distiller,
         )
 
     def train(self, resume_from: Any = None, **arguments: Any) -> Run:
@@ -268,12 +284,14 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run must share with an uninterrupted one."""
+        learner = getattr(self.distiller, "learner", None)
         return {
             "student": self.student.state_dict(),
             "projections": {
                 str(number): module.state_dict()
                 for number, module in getattr(self.distiller, "projections", {}).items()
             },
+            **({} if learner is None else {"learned": learner.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "random": rng.take(),
         }
@@ -286,16 +304,17 @@ def distil(folder: Path, loader: Any, length: dict[str, int], **settings: Any) -
         folder: the output folder.
         loader: the loader.
         length: ``num_epochs`` or ``num_steps``.
-        **settings: ``student``, ``teacher``, ``adaptor_S``, ``lr``; ``distill`` and ``train``, dicts of settings of the
-            distillation and arguments of ``train()``; all others are settings of the training.
+        **settings: ``student``, ``teacher``, ``adaptor_T``, ``adaptor_S``, ``lr``; ``distill`` and ``train``, dicts of
+            settings of the distillation and arguments of ``train()``; all others are settings of the training.
     """
     seed_all(0)
     student = settings.pop("student", None) or Encoder(dropout=0.0, seed=STUDENT_SEED)
     teacher = settings.pop("teacher", None) or Encoder(width=48, seed=TEACHER_SEED)
-    adaptor_S, learning_rate = settings.pop("adaptor_S", adaptor), settings.pop("lr", 0.1)
+    adaptor_T, adaptor_S = settings.pop("adaptor_T", adaptor), settings.pop("adaptor_S", adaptor)
+    learning_rate = settings.pop("lr", 0.1)
     distill, train = settings.pop("distill", {}), settings.pop("train", {})
     distiller = GeneralDistiller(
-        make_config(folder, **settings), DistillationConfig(**distill), teacher, student, adaptor, adaptor_S
+        make_config(folder, **settings), DistillationConfig(**distill), teacher, student, adaptor_T, adaptor_S
     )
     distiller.train(torch.optim.SGD(student.parameters(), lr=learning_rate), loader, **length, **train)
     return distiller

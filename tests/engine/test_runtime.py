@@ -13,8 +13,10 @@ from torch import nn
 
 from tests.conftest import Encoder, adaptor, make_loader, seed_all
 from tests.engine.runs import PROJECTED, Run, distil, weights
+from tests.losses.samples import PAIRS, feature_of, projection_of
 from textbrewer import KD_LOSS_MAP, MATCH_LOSS_MAP, BasicTrainer, GeneralDistiller, TrainingConfig
 from textbrewer.engine import Runtime
+from textbrewer.losses import denominator_of
 
 MATCHES = {"intermediate_matches": PROJECTED, "hard_label_weight": 1}
 
@@ -284,16 +286,19 @@ def test_parameters_outside_the_optimizer_do_not_add_up_in_the_norm(tmp_path):
 
 # Exact accumulation: micro-batches with different numbers of positions
 
-LAYERS = {"fsp": [1, 2], "gram": [1, 2], "nst": [1, 2], "mmd": [1, 2]}
-"""Losses on pairs of layers; nst (mmd) between features of any widths."""
 RAGGED = [2, 2, 1, 3]
 
 
 def match(loss):
-    feature = "attention" if loss.startswith("attention") else "hidden"
-    layers = LAYERS.get(loss, 1)
-    proj = None if feature == "attention" or loss in ("nst", "mmd") else "linear"
+    layers = [1, 2] if loss in PAIRS else 1
+    feature, proj = feature_of(loss), projection_of(loss)
     return {"layer_T": layers, "layer_S": layers, "feature": feature, "loss": loss, "weight": 1, "proj": proj}
+
+
+def with_heads(batch, outputs):
+    """The adaptor of all tests, with the states as the values of a single head."""
+    heads = [state.unsqueeze(1) for state in outputs["hidden"]]
+    return {**adaptor(batch, outputs), "value": heads, "scores": outputs["attention"]}
 
 
 CASES = {
@@ -306,17 +311,30 @@ CASES = {
     },
 }
 
+BY_BATCH = [f"kd {name}" for name in KD_LOSS_MAP if denominator_of(KD_LOSS_MAP[name]) == "batch"]
+BY_BATCH += [name for name in MATCH_LOSS_MAP if denominator_of(MATCH_LOSS_MAP[name]) == "batch"]
 
-@pytest.mark.parametrize("name", CASES)
+
+def by_token(folder, loader, name, **settings):
+    """A distillation with one of the cases."""
+    settings["student"] = Encoder(dropout=0.0, by_token=True, seed=1)
+    settings["teacher"] = Encoder(width=48, by_token=True, seed=2)
+    adaptors = {"adaptor_T": with_heads, "adaptor_S": with_heads}
+    return distil(folder, loader, {"num_epochs": 1}, distill=CASES[name], **adaptors, **settings)
+
+
+@pytest.mark.parametrize("name", BY_BATCH)
+def test_losses_between_the_rows_of_a_batch_have_no_parts(name, tmp_path):
+    with pytest.raises(ValueError, match=r"accumulation_weighting='positions' cannot weigh.*use 'micro_batch'"):
+        by_token(tmp_path, as_loader(*RAGGED, by_token=True), name, accumulation_weighting="positions")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in BY_BATCH])
 def test_positions_weigh_alike_in_a_window(name, tmp_path):
     """Two windows of micro-batches with different numbers of rows, positions and labels are two large batches."""
 
     def moved(folder, loader, **settings):
-        students = {"student": Encoder(dropout=0.0, by_token=True, seed=1)}
-        students["teacher"] = Encoder(width=48, by_token=True, seed=2)
-        return weights(
-            distil(tmp_path / folder, loader, {"num_epochs": 1}, distill=CASES[name], **students, **settings)
-        )
+        return weights(by_token(tmp_path / folder, loader, name, **settings))
 
     batches = as_loader(*RAGGED, *RAGGED, by_token=True)
     positions = [int(batch["attention_mask"].sum()) / len(batch["labels"]) for batch in batches[:4]]

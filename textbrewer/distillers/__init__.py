@@ -4,6 +4,7 @@ from textbrewer.distillers.basic import BasicDistiller
 from textbrewer.distillers.general import GeneralDistiller
 from textbrewer.distillers.multi_task import MultiTaskDistiller
 from textbrewer.distillers.multi_teacher import MultiTeacherDistiller
+from textbrewer.distillers.mutual import MutualDistiller
 from textbrewer.distillers.precomputing import precompute
 from textbrewer.distillers.trainer import BasicTrainer
 from textbrewer.matching import CustomMatch
@@ -15,5 +16,6 @@ __all__ = [
     "GeneralDistiller",
     "MultiTaskDistiller",
     "MultiTeacherDistiller",
+    "MutualDistiller",
     "precompute",
 ]

@@ -14,20 +14,20 @@ from textbrewer import adaptors, checks, engine
 from textbrewer.adaptors import Adaptor, Views
 from textbrewer.configurations import DistillationConfig, TrainingConfig
 from textbrewer.distillers import cached_run, first_step, terms, weighting
-from textbrewer.distillers.batch_parts import TaskBatch, split
+from textbrewer.distillers.batch_parts import TaskBatch
 from textbrewer.distillers.cached_run import CachedRun
 from textbrewer.distillers.cached_teacher import Prepared
-from textbrewer.distillers.caching import Remembered
 from textbrewer.distillers.compiling import compiled, refuse
 from textbrewer.distillers.frozen import Modes, modes_of, set_modes
+from textbrewer.distillers.hearing import Said, heard
+from textbrewer.distillers.inner_features import asked_of_student, listening_inside
+from textbrewer.distillers.lessons import build_projections, configured_widths, make_lessons
 from textbrewer.distillers.needs import Needs, needs_of
 from textbrewer.distillers.stacking import Stacking, make_stacking
 from textbrewer.distillers.student import StudentModule
 from textbrewer.distillers.teachers import Teachers, check_models
 from textbrewer.hooks import resolve
-from textbrewer.losses.transforms import LOGIT_TRANSFORMS
-from textbrewer.matching import CustomMatch, build_projection, plan_matches, width_of_model
-from textbrewer.presets import KD_LOSS_MAP
+from textbrewer.matching import CustomMatch
 from textbrewer.teacher_cache import TeacherCache
 
 Self = TypeVar("Self", bound="BaseDistiller")
@@ -40,7 +40,7 @@ class BaseDistiller:
 
     Args:
         train_config: how to train.
-        distill_config: what to learn.
+        distill_config: what to learn, of each task or of all.
         models_T: the teachers of each task (``""`` where there are no tasks).
         model_S: the student.
         adaptors_T: an adaptor a teacher, by task.
@@ -55,7 +55,7 @@ class BaseDistiller:
     def __init__(
         self,
         train_config: TrainingConfig,
-        distill_config: DistillationConfig,
+        distill_config: DistillationConfig | Mapping[str, DistillationConfig],
         models_T: Mapping[str, Sequence[nn.Module | None]],
         model_S: nn.Module,
         adaptors_T: Mapping[str, Sequence[Adaptor | str]],
@@ -64,16 +64,18 @@ class BaseDistiller:
         teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
     ) -> None:
         checks.is_a(train_config, TrainingConfig, "train_config", "a TrainingConfig")
-        checks.is_a(distill_config, DistillationConfig, "distill_config", "a DistillationConfig")
         checks.is_a(model_S, nn.Module, "model_S", "a torch module")
-        self.teacher_cache = cached_run.resolve(teacher_cache, distill_config)
+        self.lessons = make_lessons(distill_config, models_T)
+        self.lesson = next(iter(self.lessons.values()))
+        self.d_config = self.lesson.config
+        self.teacher_cache = cached_run.resolve(teacher_cache, self.d_config)
         check_models(models_T, model_S, may_be_missing=self.teacher_cache is not None)
-        # Copies, checked again: what the caller changes afterwards does not reach a distiller half way.
+        # A copy, checked again: what the caller changes afterwards does not reach a distiller half way.
         self.t_config = dataclasses.replace(train_config)
-        self.d_config = dataclasses.replace(distill_config)
         self.model_S = model_S
-        self.kd_loss = KD_LOSS_MAP.bound(self.d_config.kd_loss_type)
-        self.plan = plan_matches(self.d_config.intermediate_matches)
+        self.kd_loss = self.lesson.knowledge.loss
+        plans = {task: lesson.plan for task, lesson in self.lessons.items()}
+        self.plan = list({planned.number: planned for plan in plans.values() for planned in plan}.values())
         self.strategies = [planned.strategy for planned in self.plan if planned.strategy is not None]
         self.source: engine.Source | None = None
         self.custom_matches = [
@@ -84,58 +86,33 @@ class BaseDistiller:
         self.teachers = Teachers(
             models_T,
             {task: [adaptors.resolve(item, "adaptor_T") for item in items] for task, items in adaptors_T.items()},
-            self.plan,
+            plans,
             [resolve(first[0], match.module_T) for match in self.custom_matches if first[0] is not None],
         )
         self.adaptors_S = {task: adaptors.resolve(adaptor, "adaptor_S") for task, adaptor in adaptors_S.items()}
         self.projections: dict[int, nn.Module] = {}
-        self.build_projections(self._configured_widths(first))
+        self.build_projections(configured_widths(self.lessons, models_T, model_S))
+        self.learner: nn.Module | None = None
+        self.learner_options: dict[str, Any] = {}
         self.now = terms.Now(self.d_config.kd_loss_weight, self.d_config.hard_label_weight)
-        self._knowledge = self._make_knowledge()
         self._stacking: Stacking | None = None
         self._modes_before: Modes | None = None
         self.cached_run: CachedRun | None = None
-        self._checked: set[str] = set()
+        self._checked: set[Any] = set()
         self._runtime: engine.Runtime | None = None
         self.model_args: dict[str, Any] = {}
         self.student_args: dict[str, dict[str, Any]] = {}
 
-    def _configured_widths(self, teachers: Sequence[nn.Module | None]) -> dict[int, tuple[int | None, int | None]]:
-        """Return the widths that the models' configurations tell for each match, student's and teacher's."""
-        widths = {}
-        for planned in self.plan:
-            if planned.match.teacher >= len(teachers):
-                raise ValueError(
-                    f"teacher of match {planned.name!r} must be less than the number of teachers, {len(teachers)}, "
-                    f"got {planned.match.teacher}"
-                )
-            feature = planned.match.feature
-            teacher = teachers[planned.match.teacher]
-            width_T = None if teacher is None else width_of_model(teacher, feature)
-            widths[planned.number] = (width_of_model(self.model_S, feature), width_T)
-        return widths
-
     def build_projections(self, widths: Mapping[int, tuple[int | None, int | None]]) -> None:
         """Build the projections whose widths are known, in the order of the matches."""
-        for planned in self.plan:
-            projection = planned.match.projection
-            if projection is None or planned.number in self.projections:
-                continue
-            module = build_projection(projection, *widths[planned.number])
-            if module is not None:
-                self.projections[planned.number] = module
-
-    def _make_knowledge(self) -> terms.KnowledgeLoss:
-        config = self.d_config
-        transform = None if config.logit_transform in (None, "none") else LOGIT_TRANSFORMS[config.logit_transform]
-        scheduler = config.make_temperature_scheduler()
-        return terms.KnowledgeLoss(self.kd_loss, config.temperature, scheduler, config.probability_shift, transform)
+        missing = [planned for planned in self.plan if planned.number not in self.projections]
+        self.projections.update(build_projections(missing, widths))
 
     def student_module(self) -> StudentModule:
         """Return the module to train: the student with the projections of its features."""
-        return StudentModule(
-            self.model_S, self.adaptors_S, self.projections, self.plan, self.custom_matches, self._custom_modules
-        )
+        custom = (self.custom_matches, self._custom_modules)
+        numbers = {task: {planned.number for planned in lesson.plan} for task, lesson in self.lessons.items()}
+        return StudentModule(self.model_S, self.adaptors_S, self.projections, self.plan, *custom, self.learner, numbers)
 
     # ---- modes -------------------------------------------------------------------------------------------------
 
@@ -167,15 +144,18 @@ class BaseDistiller:
         """
         every_T = results_T if isinstance(results_T, list) else [results_T]
         # Terms of weight 0 are left out; but a step in which none has a weight still needs a loss with a graph.
-        skips = self._may_skip() and terms.some_weight(results_S, self.plan, self.custom_matches, self.now)
+        skips = self._may_skip() and terms.some_weight(results_S, self.lesson.plan, self.custom_matches, self.now)
         parts: list[terms.Term] = []
         if self.now.kd_weight or not skips:
-            parts += terms.kd_terms(results_S, self.kd_target(results_T), self._knowledge, self.now)
-        plan = [planned for planned in self.plan if planned.match.weight or not skips]
+            parts += self._kd_terms(results_S, results_T)
+        plan = [planned for planned in heard(self.lesson.plan, every_T) if planned.match.weight or not skips]
         parts += terms.match_terms(results_S, every_T, plan, self._stacking)
         parts += terms.custom_terms(results_S, every_T[0], self.custom_matches, weighted_only=skips)
         parts += terms.hard_label_terms(results_S, self.now)
         return terms.total(parts, self.now)
+
+    def _kd_terms(self, results_S: Views, results_T: Results) -> list[terms.Term]:
+        return terms.kd_terms(results_S, self.kd_target(results_T), self.lesson.knowledge, self.now)
 
     def kd_target(self, results_T: Results) -> Views:
         """Return the views whose logits the student learns from."""
@@ -186,21 +166,25 @@ class BaseDistiller:
         """Return whether terms may be left out: processes that gave every parameter a gradient must go on doing so."""
         return self._runtime is None or self._runtime.world == 1 or self.t_config.find_unused_parameters
 
-    def teacher_needs(self, number: int, student_has_losses: bool = False) -> Needs | None:
+    def teacher_needs(self, task: str, number: int, student_has_losses: bool = False) -> Needs | None:
         """Return what the loss reads of a teacher in every step; ``None``: it may read everything.
 
         Args:
-            number: the teacher's number.
+            task: the teacher's task.
+            number: its number.
             student_has_losses: whether the student's adaptor is known to return ``losses``.
         """
         if self.reads_everything() or not self._may_skip():
             return None
-        return needs_of(number, self.d_config, self.plan, self.custom_matches, student_has_losses)
+        lesson = self.lessons[task]
+        return needs_of(number, lesson.config, lesson.plan, self.custom_matches, student_has_losses)
 
     def reads_everything(self) -> bool:
         """Return whether ``compute_loss`` or ``kd_target`` is the user's own, which may read everything."""
-        own_target = type(self).kd_target.__module__.startswith("textbrewer.") and "kd_target" not in vars(self)
-        return not own_target or getattr(self.compute_loss, "__func__", None) is not BaseDistiller.compute_loss
+        return self._own_target() or getattr(self.compute_loss, "__func__", None) is not BaseDistiller.compute_loss
+
+    def _own_target(self) -> bool:
+        return "kd_target" in vars(self) or not type(self).kd_target.__module__.startswith("textbrewer.")
 
     def count_positions(self, batch: Any) -> weighting.Counts:
         """Count what the losses average over in a student's batch; override for batches of your own.
@@ -219,65 +203,82 @@ class BaseDistiller:
             share: with exact accumulation, this batch's factors.
         """
         task, batch = (batch.task, batch.batch) if isinstance(batch, TaskBatch) else ("", batch)
-        self.now = terms.scheduled(self.d_config, progress, share)
+        self.lesson = self.lessons[task]
+        self.now = terms.scheduled(self.lesson.config, progress, share)
         for strategy in self.strategies:
             strategy.epoch = 0 if self.source is None else self.source.epoch
-        if isinstance(batch, Remembered):
-            student_batch, results_T = split(batch.batch)[1], self._recall(batch)
-        elif isinstance(batch, Prepared):
-            teacher_batch, student_batch, stored = split(batch.batch)
-            results_T = self.teachers.views(self.runtime, task, teacher_batch, self.model_args, stored, batch.found)
-        else:
-            teacher_batch, student_batch, stored = split(batch)
-            results_T = self.teachers.views(self.runtime, task, teacher_batch, self.model_args, stored)
+        said, student_batch = self.teachers.sides(self.runtime, task, batch, self.model_args)
+        results_T = None if self._student_first() else self._hear(said, None)
         student_batch = self.runtime.to_device(student_batch)
         with first_step.explained(student_batch):
             output = module(student_batch, self.student_args[task], task)
         results_S = Views(output["views"], output["projected"], output["captured"])
+        results_S.learned = output.get("learned")
+        results_T = self._hear(said, results_S) if results_T is None else results_T
         if isinstance(batch, Prepared) and self.cached_run is not None:
             self.cached_run.check(task, batch, results_S, results_T)
-        first = task not in self._checked
+        first = self._key(task) not in self._checked
         if first:
-            first_step.check(results_S, results_T, self.plan)
+            first_step.check(results_S, results_T, heard(self.lesson.plan, results_T))
             if share is not None:
                 weighting.check_counts(self.count_positions(student_batch), results_S)
         loss, logs = self.compute_loss(results_S, self._as_results(results_T))
         if first:
-            self._checked.add(task)
+            self._checked.add(self._key(task))
             for number in range(len(results_T)):
-                self.teachers.narrow(task, number, self.teacher_needs(number, "losses" in results_S))
-        return loss, self._log_names(logs, task)
+                self.teachers.narrow(task, number, self.teacher_needs(task, number, "losses" in results_S))
+        return self._finish(loss, logs, results_S, task)
 
-    def _recall(self, batch: Remembered) -> list[Views]:
-        """Return remembered views on the device."""
-        to_device = self.runtime.to_device
-        return [Views(to_device(dict(views)), captured=to_device(views.captured)) for views in batch.results_T]
+    def _student_first(self) -> bool:
+        """Return whether the teachers are asked after the student's forward pass, because its views are needed."""
+        return False
+
+    def _hear(self, said: Said, results_S: Views | None) -> list[Views]:
+        """Ask the teachers."""
+        return said.all()
 
     def _as_results(self, results_T: list[Views]) -> Results:
         return results_T[0]
 
-    def _log_names(self, logs: dict[str, Tensor], task: str) -> dict[str, Tensor]:
-        return logs
+    def _key(self, task: str) -> Any:
+        """Return what a step is the first of, when the views are checked."""
+        return task
+
+    def _finish(
+        self, loss: Tensor, logs: dict[str, Tensor], results_S: Views, task: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a step and its logs as they go to the engine."""
+        return loss, logs
+
+    def _student_features(self) -> set[str]:
+        """Return features of the student that are read beside those of the matches."""
+        return set()
+
+    def build_learner(self, results_S: Views | None) -> bool:
+        """Build what is learnt beside the student, if anything is; return whether a batch's views are needed for it."""
+        return False
 
     @contextmanager
     def working(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> Iterator[None]:
         """Make ready for a run, and tidy up after it: modes, arguments of the models, teachers on the device."""
         refuse(self.t_config, self.custom_matches)
-        self._runtime, self._checked, self._knowledge = runtime, set(), self._make_knowledge()
+        self._runtime, self._checked = runtime, set()
+        self.lessons = {task: lesson.anew() for task, lesson in self.lessons.items()}
         self.model_args = model_args
-        features = self.teachers.features
+        features = self.teachers.features | self._student_features()
         self.student_args = {
             task: {**adaptors.auto_arguments(adaptor, features), **model_args}
             for task, adaptor in self.adaptors_S.items()
         }
-        for teacher in self.teachers.all():
-            teacher.to(runtime.device)
+        self.teachers.to_devices(runtime)
         self._stacking = make_stacking(self.t_config.stack_matches, runtime.device)
         try:
             with ExitStack() as stack:
                 if self._modes_before is None:
                     stack.enter_context(self)
                 stack.enter_context(self.teachers.prepared(runtime, self.model_S))
+                inner = asked_of_student(self.model_S, self.adaptors_S.values(), self.plan)
+                stack.enter_context(listening_inside(inner, "student", self.t_config))
                 stack.enter_context(compiled([self.model_S] if self.t_config.compiles("student") else [], "student"))
                 yield
         finally:

@@ -6,13 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from textbrewer.distillers.cached_teacher import Prepared
+from textbrewer.distillers.caching import Remembered
+
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """A batch of one of several tasks."""
+    """A batch of one of several tasks, or for one of several teachers.
+
+    Args:
+        task: the task, ``""`` where there are none.
+        batch: the batch.
+        teacher: the number of the teacher that was drawn for it; ``None``: none was.
+    """
 
     task: str
     batch: Any
+    teacher: int | None = None
+
+
+def inner(batch: Any) -> Any:
+    """Return a batch as the loader and the post-processor gave it."""
+    while isinstance(batch, (TaskBatch, Remembered, Prepared)):
+        batch = batch.batch
+    return batch
 
 
 def split(batch: Any) -> tuple[Any, Any, Any]:

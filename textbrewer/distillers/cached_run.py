@@ -15,6 +15,7 @@ from textbrewer.adaptors import Views
 from textbrewer.configurations import DistillationConfig, IntermediateMatch
 from textbrewer.distillers.batch_parts import split
 from textbrewer.distillers.cached_teacher import CachedTeacher, Prepared
+from textbrewer.distillers.hearing import Unheard
 from textbrewer.distillers.needs import Needs
 from textbrewer.distillers.teachers import Teachers
 from textbrewer.hooks.modules import label
@@ -67,13 +68,15 @@ class CachedRun:
         custom = [match.module_T for match in distiller.custom_matches]
         for task, models in distiller.teachers.models.items():
             self.teachers[task] = []
+            lesson = distiller.lessons[task]
             for number in range(len(models)):
-                needs = distiller.teacher_needs(number)
+                needs = distiller.teacher_needs(task, number)
                 asked = Asked(
-                    Contents(matches_of(distiller.plan, number, needs), distiller.reads_everything()),
+                    Contents(matches_of(lesson.plan, number, needs), distiller.reads_everything()),
                     needs,
-                    distiller.d_config.temperature,
+                    lesson.config.temperature,
                     custom if number == 0 else [],
+                    lesson.first_number,
                 )
                 opened = open_teacher(cache, asked, distiller.teachers, runtime, task, number, distiller.model_args)
                 self.teachers[task].append(opened)
@@ -119,7 +122,7 @@ class CachedRun:
         """
         for teacher, found, views in zip(self.teachers[task], batch.found or [], results_T, strict=False):
             settled = teacher.space.layout
-            if found is None or settled is None or settled.keep_padding:
+            if found is None or settled is None or settled.keep_padding or isinstance(views, Unheard):
                 continue
             if id(teacher) not in self._heeds_masks:
                 covers = layout.masks_cover_padding(results_S, views, found.rows, teacher.space.contents)
@@ -150,19 +153,23 @@ class Asked:
         needs: how far it has to run; ``None``: to its end.
         temperature: of the logits.
         custom: its modules whose outputs custom matches read.
+        first_number: the number of its task's first match: a task's rows do not depend on the tasks before it.
     """
 
     contents: Contents
     needs: Needs | None
     temperature: float
     custom: Sequence[nn.Module | str] = ()
+    first_number: int = 0
 
     def to_dict(self, cache: TeacherCache, model: nn.Module | None) -> dict[str, Any]:
         """Return it as plain values, with what the cache's settings say."""
         matches = []
         for number, match in self.contents.matches:
             form = form_of_match(match)
-            matches.append([number, match.feature, match.layer_T, None if form is None else form.name])
+            matches.append(
+                [number - self.first_number, match.feature, match.layer_T, None if form is None else form.name]
+            )
         return {
             "matches": matches,
             "logits": self.needs is None or self.needs.logits,
@@ -203,12 +210,13 @@ def open_teacher(
         model_args: further arguments of the model.
     """
     model, adaptor = teachers.models[task][number], teachers.adaptors[task][number]
+    precision = teachers.placement.precision(runtime, number)
     teacher: dict[str, Any] = dict.fromkeys(("teacher", "adaptor", "precision", "arguments"))
     if model is not None:
         teacher = {
             "teacher": fingerprint.of_model(model),
             "adaptor": fingerprint.of_function(adaptor),
-            "precision": f"{runtime.precision}, {runtime.teacher_precision}",
+            "precision": f"{runtime.precision}, {precision or runtime.precision}",
             "arguments": repr(sorted(model_args.items())),
         }
     space = Space(cache, {**asked.to_dict(cache, model), **teacher}, asked.contents, f"{task}/{number}")

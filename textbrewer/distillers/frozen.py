@@ -7,18 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-Modes = list[tuple[nn.Module, bool]]
+from textbrewer.hooks.forward import Modes, evaluating, modes_of, set_modes
 
-
-def modes_of(models: Sequence[nn.Module]) -> Modes:
-    """Return every module of the models with its training flag."""
-    return [(module, module.training) for model in models for module in model.modules()]
-
-
-def set_modes(modes: Modes) -> None:
-    """Put back training flags that :func:`modes_of` returned."""
-    for module, training in modes:
-        module.training = training
+__all__ = ["Modes", "evaluating", "frozen", "modes_of", "set_modes"]
 
 
 @contextmanager
@@ -38,14 +29,3 @@ def frozen(teachers: Sequence[nn.Module], student: nn.Module) -> Iterator[None]:
     finally:
         for parameter in own.values():
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep a model in eval mode while the context is open."""
-    modes = modes_of([model])
-    model.eval()
-    try:
-        yield
-    finally:
-        set_modes(modes)

@@ -70,7 +70,10 @@ def precompute(
     checks.is_a(task, str, "task", "a task's name")
     checks.integer(number, "number", minimum=0)
     teachers = Teachers(
-        {task: [None] * number + [teacher]}, {task: [adaptors.resolve(adaptor, "adaptor")] * (number + 1)}, plan, []
+        {task: [None] * number + [teacher]},
+        {task: [adaptors.resolve(adaptor, "adaptor")] * (number + 1)},
+        {task: plan},
+        [],
     )
     needs = needs_of(number, config, plan, (), student_has_losses=False)
     asked = Asked(Contents(matches_of(plan, number, needs), everything=False), needs, config.temperature)

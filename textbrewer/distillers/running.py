@@ -16,13 +16,13 @@ from textbrewer import adaptors, engine
 from textbrewer.adaptors import Views
 from textbrewer.distillers import first_step, training, weighting
 from textbrewer.distillers.base import BaseDistiller
-from textbrewer.distillers.batch_parts import TaskBatch, split
+from textbrewer.distillers.batch_parts import inner, split
 from textbrewer.distillers.cached_run import CachedRun
-from textbrewer.distillers.cached_teacher import Prepared
 from textbrewer.distillers.caching import CachedBatches, Remembered
 from textbrewer.distillers.frozen import evaluating, frozen
 from textbrewer.distillers.student import call
 from textbrewer.engine import LoaderBatches, size_of
+from textbrewer.registry import name_of
 
 PostProcessor = Callable[[Any], Any]
 MakeSource = Callable[[Mapping[str, LoaderBatches]], engine.Source]
@@ -106,11 +106,12 @@ def cached(distiller: BaseDistiller, runtime: engine.Runtime) -> Iterator[None]:
 
 
 def _check_weight_schedulers(distiller: BaseDistiller, length_unknown: bool) -> None:
-    config = distiller.d_config
-    names = {config.kd_loss_weight_scheduler, config.hard_label_weight_scheduler} - {None, "none"}
+    configs = [lesson.config for lesson in distiller.lessons.values()]
+    specs = [spec for item in configs for spec in (item.kd_loss_weight_scheduler, item.hard_label_weight_scheduler)]
+    names = {str(name_of(spec)) for spec in specs if spec not in (None, "none")}
     if length_unknown and names:
         raise ValueError(
-            f"the weight scheduler {min(map(str, names))!r} must know the run's length, but the dataloader has none: "
+            f"the weight scheduler {min(names)!r} must know the run's length, but the dataloader has none: "
             "give num_steps"
         )
 
@@ -162,6 +163,8 @@ def _projection_groups(distiller: BaseDistiller) -> list[training.ParameterGroup
     for match in distiller.custom_matches:
         if isinstance(match.proj_func, nn.Module):
             groups.append((match.proj_func, match.proj_group or {}))
+    if distiller.learner is not None:
+        groups.append((distiller.learner, distiller.learner_options))
     return groups
 
 
@@ -185,9 +188,7 @@ def _batches(
 
 
 def _shares(distiller: BaseDistiller, runtime: engine.Runtime, batches: list[Any]) -> list[dict[str, Tensor]]:
-    plain = [batch.batch if isinstance(batch, TaskBatch) else batch for batch in batches]
-    plain = [batch.batch if isinstance(batch, (Remembered, Prepared)) else batch for batch in plain]
-    return weighting.shares([split(batch)[1] for batch in plain], runtime, distiller.count_positions)
+    return weighting.shares([split(inner(batch))[1] for batch in batches], runtime, distiller.count_positions)
 
 
 def _probe(distiller: BaseDistiller, runtime: engine.Runtime, data: Data) -> None:
@@ -198,21 +199,29 @@ def _probe(distiller: BaseDistiller, runtime: engine.Runtime, data: Data) -> Non
     run = distiller.cached_run
     for number, (task, loader) in enumerate(data.loaders.items()):
         missing = [
-            item for item in distiller.plan if item.match.projection and item.number not in distiller.projections
+            item
+            for item in distiller.lessons[task].plan
+            if item.match.projection and item.number not in distiller.projections
         ]
         unsettled = run is not None and not run.is_settled(task)
-        if not unsettled and not (missing and number == 0):
+        waits = number == 0 and distiller.build_learner(None)
+        if not unsettled and not missing and not waits:
             continue
         batch = engine.first_batch(loader, data.postprocessors.get(task))
         teacher_batch, student_batch, stored = split(batch)
         with engine.rng_kept(), torch.no_grad(), evaluating(distiller.model_S.to(runtime.device)):
             if run is not None and stored is None:
                 results_T = run.first_views(task, teacher_batch)
+            elif missing:
+                said = distiller.teachers.said(runtime, task, teacher_batch, distiller.model_args, stored)
+                results_T = said.features()
             else:
-                results_T = distiller.teachers.views(runtime, task, teacher_batch, distiller.model_args, stored)
+                results_T = []
             student_batch = runtime.to_device(student_batch)
             outputs_S = call(distiller.model_S, student_batch, distiller.student_args[task])
             results_S = Views(adaptors.normalise(distiller.adaptors_S[task](student_batch, outputs_S), "adaptor_S"))
+        if waits:
+            distiller.build_learner(results_S)
         if missing:
             distiller.build_projections(first_step.widths(results_S, results_T, missing))
         if run is not None and unsettled and stored is None:

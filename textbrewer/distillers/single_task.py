@@ -10,6 +10,7 @@ import torch
 
 from textbrewer.distillers import running
 from textbrewer.distillers.base import BaseDistiller
+from textbrewer.engine import Source
 
 
 class SingleTaskDistiller(BaseDistiller):
@@ -68,5 +69,14 @@ class SingleTaskDistiller(BaseDistiller):
             resume_from,
             args,
         )
-        data = running.Data({"": dataloader}, {"": batch_postprocessor}, lambda sources: sources[""])
+        postprocessors = {"": self._postprocessor(batch_postprocessor)}
+        data = running.Data({"": dataloader}, postprocessors, lambda sources: self._source(sources[""]))
         running.train(self, arguments, data)
+
+    def _postprocessor(self, given: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+        """Return what is applied to each batch, of which the user's own is given."""
+        return given
+
+    def _source(self, batches: Source) -> Source:
+        """Return where the batches come from."""
+        return batches

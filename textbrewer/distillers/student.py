@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from textbrewer.adaptors import Adaptor, normalise
+from textbrewer.hooks.forward import call
 from textbrewer.matching import CustomMatch, PlannedMatch, select
 from textbrewer.matching.custom import recording
 
-
-def call(model: nn.Module, batch: Any, arguments: Mapping[str, Any]) -> Any:
-    """Call a model on a batch: a dict by keywords, a tuple or list by position, anything else as the one input."""
-    if isinstance(batch, Mapping):
-        return model(**batch, **arguments)
-    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
-        return model(*batch, **arguments)
-    return model(batch, **arguments)
+__all__ = ["StudentModule", "call"]
 
 
 class StudentModule(nn.Module):
@@ -32,6 +25,9 @@ class StudentModule(nn.Module):
         plan: the intermediate matches.
         custom: the custom matches.
         custom_modules: their modules of the student.
+        learner: what is learnt beside the student, ``f(views, task)``: in the same forward pass, so that its gradients
+            are synchronised too.
+        tasks: numbers of the matches of each task; ``None``: all matches are of every task.
     """
 
     def __init__(
@@ -42,9 +38,13 @@ class StudentModule(nn.Module):
         plan: Sequence[PlannedMatch] = (),
         custom: Sequence[CustomMatch] = (),
         custom_modules: Sequence[nn.Module] = (),
+        learner: nn.Module | None = None,
+        tasks: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
+        self.learner = learner
+        self._tasks = tasks
         self.projections = nn.ModuleDict({str(number): module for number, module in projections.items()})
         self.custom_projections = nn.ModuleDict(
             {
@@ -78,8 +78,11 @@ class StudentModule(nn.Module):
         else:
             results, captured = call(self.student, batch, arguments), {}
         views = normalise(self._adaptors[task](batch, results), "adaptor_S")
-        projected = {planned.number: self._project(planned, views) for planned in self._projected}
-        return {"views": views, "projected": projected, "captured": captured}
+        own = None if self._tasks is None else self._tasks[task]
+        mine = [planned for planned in self._projected if own is None or planned.number in own]
+        projected = {planned.number: self._project(planned, views) for planned in mine}
+        output = {"views": views, "projected": projected, "captured": captured}
+        return output if self.learner is None else {**output, "learned": self.learner(views, task)}
 
     def _project(self, planned: PlannedMatch, views: Mapping[str, Any]) -> Any:
         match = planned.match

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,66 +13,16 @@ from torch import Tensor, nn
 from textbrewer.adaptors import FEATURES, Views
 from textbrewer.distillers.needs import Needs
 from textbrewer.engine import rng_kept
+from textbrewer.hooks.stacks import Place, Stack, find_stack, places_of
 from textbrewer.teacher_cache.contents import resolved
 
 __all__ = ["Needs", "Place", "Stack", "TeacherForward", "find_stack", "places_of"]
 
 logger = logging.getLogger("textbrewer")
 
-Place = tuple[dict[str, Any], str]
-"""Where a module hangs: its parent's sub-modules, and its name there."""
-
 # A feature of layer n may come from block n (hidden states that begin with the embedding), from block n + 1 (attention
 # maps, hidden states without the embedding), and, where the model ends with a normalisation, from one block before.
 _MORE_BLOCKS = 3
-
-
-def places_of(model: nn.Module, module: nn.Module) -> list[Place]:
-    """Return where a module hangs in a model: in several places, if parts of it share the module."""
-    parents = (parent._modules for parent in model.modules())
-    return [(children, name) for children in parents for name, child in children.items() if child is module]
-
-
-class Stack:
-    """A model's stack of blocks, which can be shortened for a while.
-
-    Args:
-        blocks: the list of blocks.
-        places: where it hangs in the model.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, places: Sequence[Place]) -> None:
-        self.blocks, self.places = blocks, list(places)
-
-    @contextmanager
-    def shortened(self, depth: int) -> Iterator[None]:
-        """Leave the model only its first ``depth`` blocks while the context is open."""
-        # A copy of the list object alone: a subclass, and hooks, stay what they are.
-        short = copy.copy(self.blocks)
-        short.__dict__["_modules"] = dict(list(self.blocks._modules.items())[:depth])
-        try:
-            for children, name in self.places:
-                children[name] = short
-            yield
-        finally:
-            for children, name in self.places:
-                children[name] = self.blocks
-
-
-def find_stack(model: nn.Module) -> Stack | None:
-    """Return the model's stack of blocks: its longest ``nn.ModuleList`` of modules of one class.
-
-    Returns:
-        ``None`` if there are several of that length, none of at least two, or the model has encoder and decoder.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    lists = [item for item in model.modules() if isinstance(item, nn.ModuleList) and len({type(x) for x in item}) == 1]
-    longest = max((len(item) for item in lists), default=0)
-    found = [item for item in lists if len(item) == longest]
-    if longest < 2 or len(found) != 1:
-        return None
-    return Stack(found[0], places_of(model, found[0]))
 
 
 class TeacherForward:

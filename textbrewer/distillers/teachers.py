@@ -14,9 +14,12 @@ from textbrewer import adaptors, checks
 from textbrewer.adaptors import Adaptor, Views
 from textbrewer.distillers import first_step
 from textbrewer.distillers.batch_parts import split
-from textbrewer.distillers.cached_teacher import CachedTeacher
+from textbrewer.distillers.cached_teacher import CachedTeacher, Prepared, rows_only
 from textbrewer.distillers.caching import Remembered, kept
 from textbrewer.distillers.compiling import compiled, paused
+from textbrewer.distillers.hearing import Said
+from textbrewer.distillers.inner_features import asked_of_teachers, listening_inside
+from textbrewer.distillers.placement import Placement, moved
 from textbrewer.distillers.quantized import Int8Layers
 from textbrewer.distillers.student import call
 from textbrewer.distillers.teacher_forward import Needs, TeacherForward
@@ -35,7 +38,7 @@ class Teachers:
         models: the teachers of each task (``""`` where there are no tasks); ``None`` for one that is not there, as a
             teacher cache has all it would say.
         adaptors: an adaptor a teacher, by task.
-        plan: the intermediate matches.
+        plans: the intermediate matches of each task.
         custom_modules: modules of the first teacher whose outputs custom matches read.
     """
 
@@ -43,21 +46,30 @@ class Teachers:
         self,
         models: Mapping[str, Sequence[nn.Module | None]],
         adaptors: Mapping[str, Sequence[Adaptor]],
-        plan: Sequence[PlannedMatch],
+        plans: Mapping[str, Sequence[PlannedMatch]],
         custom_modules: Sequence[nn.Module],
     ) -> None:
         self.models = {task: list(items) for task, items in models.items()}
         self.adaptors = {task: list(items) for task, items in adaptors.items()}
-        self.plan, self.custom_modules = list(plan), list(custom_modules)
-        self.features = {planned.match.feature for planned in plan}
+        self.plans, self.custom_modules = dict(plans), list(custom_modules)
+        self.features = {planned.match.feature for plan in plans.values() for planned in plan}
+        self.placement = Placement()
         self.cached: dict[str, list[CachedTeacher]] = {}
         self._contents: dict[str, list[Contents]] = {}
         self._forwards: dict[tuple[str, int], TeacherForward] = {}
-        self._int8: dict[int, Int8Layers] = {}
+        self._int8: dict[tuple[str, int], Int8Layers] = {}
 
     def all(self) -> list[nn.Module]:
         """Return the teachers of all tasks, those that are there."""
         return [model for models in self.models.values() for model in models if model is not None]
+
+    def to_devices(self, runtime: Runtime) -> None:
+        """Move each teacher to its device, the run's where it has none of its own."""
+        self.placement.check(runtime)
+        for models in self.models.values():
+            for number, model in enumerate(models):
+                if model is not None:
+                    model.to(self.placement.device(runtime, number))
 
     @contextmanager
     def prepared(self, runtime: Runtime, student: nn.Module | None = None) -> Iterator[None]:
@@ -74,10 +86,18 @@ class Teachers:
         distinct = list(dict.fromkeys(self.all()))
         self._forwards = {}
         try:
-            if runtime.teacher_precision == "int8":
-                shared = {id(parameter) for parameter in student.parameters()} if student is not None else set()
-                self._int8 = {id(model): Int8Layers(model, shared) for model in distinct}
-            with compiled(distinct if runtime.config.compiles("teacher") else [], "teacher"):
+            shared = {id(parameter) for parameter in student.parameters()} if student is not None else set()
+            self._int8 = {
+                (task, number): Int8Layers(model, shared)
+                for task, models in self.models.items()
+                for number, model in enumerate(models)
+                if model is not None and self.placement.precision(runtime, number) == "int8"
+            }
+            inner = asked_of_teachers(self.models, self.adaptors, self.plans)
+            with (
+                listening_inside(inner, "teacher", runtime.config),
+                compiled(distinct if runtime.config.compiles("teacher") else [], "teacher"),
+            ):
                 yield
         finally:
             self._forwards, self._int8, self._contents = {}, {}, {}
@@ -112,7 +132,24 @@ class Teachers:
             self._forwards[key] = TeacherForward(model, partial(paused, model), captures)
         return self._forwards[key]
 
-    def views(
+    def sides(self, runtime: Runtime, task: str, batch: Any, model_args: Mapping[str, Any]) -> tuple[Said, Any]:
+        """Return what a task's teachers say of a batch, and the student's part of it.
+
+        Args:
+            runtime: the machine.
+            task: the batch's task.
+            batch: the batch, remembered, looked up in a cache, or as the loader gave it.
+            model_args: further arguments of the models.
+        """
+        if isinstance(batch, Remembered):
+            results_T = batch.results_T
+            said = Said(len(results_T), lambda number: moved(results_T[number], runtime.to_device))
+            return said, split(batch.batch)[1]
+        batch, found = (batch.batch, batch.found) if isinstance(batch, Prepared) else (batch, None)
+        teacher_batch, student_batch, stored = split(batch)
+        return self.said(runtime, task, teacher_batch, model_args, stored, found), student_batch
+
+    def said(
         self,
         runtime: Runtime,
         task: str,
@@ -120,8 +157,8 @@ class Teachers:
         model_args: Mapping[str, Any],
         stored: Any = None,
         found: Sequence[Found | None] | None = None,
-    ) -> list[Views]:
-        """Return the views of a task's teachers.
+    ) -> Said:
+        """Return what a task's teachers say of a batch.
 
         Args:
             runtime: the machine.
@@ -131,22 +168,30 @@ class Teachers:
             stored: what the teacher (a list: what each of several teachers) would return; ``None``: they are run.
             found: with a teacher cache: what it has of the batch, for each teacher.
         """
-        numbers = range(len(self.models[task]))
+        count = len(self.models[task])
         if stored is not None:
-            stored, batch = runtime.to_device(stored), runtime.to_device(batch)
-            outputs = stored if len(numbers) > 1 else [stored]
-            with torch.no_grad():
-                return [self._read(task, number, batch, outputs[number], {}) for number in numbers]
+            outputs = stored if count > 1 else [stored]
+            return Said(count, partial(self._stored, runtime, task, runtime.to_device(batch), outputs))
         if found is not None:
-            return [self.cached[task][number].views(batch, found[number]) for number in numbers]
-        batch = runtime.to_device(batch)
-        return [self.view(runtime, task, number, batch, model_args) for number in numbers]
+            return Said(count, lambda number: self.cached[task][number].views(batch, found[number]))
+        here = runtime.to_device(batch)
+
+        def part(number: int, rows: Sequence[int]) -> Views:
+            return self.view(runtime, task, number, runtime.to_device(rows_only(batch, rows)), model_args)
+
+        return Said(count, lambda number: self.view(runtime, task, number, here, model_args), part)
+
+    def _stored(self, runtime: Runtime, task: str, batch: Any, outputs: Sequence[Any], number: int) -> Views:
+        with torch.no_grad():
+            return self._read(task, number, batch, runtime.to_device(outputs[number]), {})
 
     def view(self, runtime: Runtime, task: str, number: int, batch: Any, model_args: Mapping[str, Any]) -> Views:
-        """Run one teacher on a batch that is on the device, and return its views."""
+        """Run one teacher on a batch that is on the run's device, and return its views there."""
+        batch = self.placement.sent(runtime, number, batch)
         run = partial(self._run, runtime, task, number, batch, model_args)
         with torch.no_grad(), first_step.explained(batch):
-            return self._forward(task, number).views(run)
+            views = self._forward(task, number).views(run)
+        return self.placement.returned(runtime, number, views)
 
     def _read(self, task: str, number: int, batch: Any, raw: Any, captured: Mapping[int, Any]) -> Views:
         views = adaptors.normalise(self.adaptors[task][number](batch, raw), "adaptor_T")
@@ -164,15 +209,17 @@ class Teachers:
         model = self._model(task, number)
         arguments = {**adaptors.auto_arguments(self.adaptors[task][number], self.features), **model_args}
         watched = self.custom_modules if number == 0 else []
-        layers = self._int8.get(id(model))
+        layers = self._int8.get((task, number))
         listening: AbstractContextManager[dict[int, Any]] = recording(watched) if watched else nullcontext({})
-        with layers.in_place() if layers else nullcontext(), listening as captured, runtime.teacher_autocast():
+        autocast = self.placement.autocast(runtime, number)
+        with layers.in_place() if layers else nullcontext(), listening as captured, autocast:
             raw = call(model, batch, arguments)
         missing = set(range(len(watched))) - captured.keys()
         if missing:
             raise ValueError(f"module_T of custom match {min(missing)} did not run in the teacher's forward pass")
-        to_float32 = runtime.teacher_to_float32
-        return self._read(task, number, batch, to_float32(raw), to_float32(dict(captured)))
+        own = self.placement.precision(runtime, number)
+        raw, captured = (runtime.teacher_to_float32(item, own) for item in (raw, dict(captured)))
+        return self._read(task, number, batch, raw, captured)
 
     def remember(
         self, runtime: Runtime, task: str, batch: Any, model_args: Mapping[str, Any], everything: bool
@@ -187,14 +234,14 @@ class Teachers:
             everything: keep all that the adaptors return.
         """
         teacher_batch, _, stored = split(batch)
-        views = self.views(runtime, task, teacher_batch, model_args, stored)
+        views = self.said(runtime, task, teacher_batch, model_args, stored).all()
         if task not in self._contents:
-            self._contents[task] = [self._memory(number, item, everything) for number, item in enumerate(views)]
+            self._contents[task] = [self._memory(task, *item, everything) for item in enumerate(views)]
         return Remembered(batch, [kept(*pair) for pair in zip(views, self._contents[task], strict=True)])
 
-    def _memory(self, number: int, views: Views, everything: bool) -> Contents:
+    def _memory(self, task: str, number: int, views: Views, everything: bool) -> Contents:
         """Return what to keep in memory of a teacher's views, by those of a first batch."""
-        matches = [(item.number, item.match) for item in self.plan if item.match.teacher == number]
+        matches = [(item.number, item.match) for item in self.plans[task] if item.match.teacher == number]
         return Contents(matches, everything).settle(views, masks_agree=False)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +11,7 @@ from torch import Tensor
 from textbrewer.adaptors import Views
 from textbrewer.configurations import DistillationConfig
 from textbrewer.distillers import heads
+from textbrewer.distillers.knowledge import KnowledgeLoss
 from textbrewer.distillers.stacking import Stacking
 from textbrewer.losses.masking import denominator_of
 from textbrewer.matching import CustomMatch, PlannedMatch, select, teacher_feature
@@ -73,81 +71,6 @@ class Term:
     averaged_over: str | None
 
 
-@dataclass(frozen=True)
-class KnowledgeLoss:
-    """How logits are compared.
-
-    Args:
-        loss: a function of ``KD_LOSS_MAP``.
-        temperature: the base temperature.
-        scheduler: a temperature schedule, or ``None``.
-        probability_shift: whether the teacher's largest logit is swapped to the true label.
-        transform: applied to both sides' logits first, or ``None``.
-    """
-
-    loss: Callable[..., Tensor]
-    temperature: float
-    scheduler: Callable[..., Any] | None = None
-    probability_shift: bool = False
-    transform: Callable[..., Tensor] | None = None
-
-    @cached_property
-    def takes_mask(self) -> bool:
-        """Whether loss and schedule can be given a mask; if not, masked positions are selected beforehand."""
-        return all(accepts(item, "mask") for item in (self.loss, self.scheduler, self.transform) if item is not None)
-
-    @cached_property
-    def takes_labels(self) -> bool:
-        """Whether the loss reads the true classes."""
-        return accepts(self.loss, "labels")
-
-    @cached_property
-    def why_labels(self) -> str:
-        """What needs the true classes; empty: nothing does."""
-        if self.probability_shift:
-            return "probability_shift=True"
-        return "the KD loss" if self.takes_labels else ""
-
-    def __call__(
-        self,
-        logits_S: Tensor,
-        logits_T: Tensor,
-        mask: Tensor | None,
-        labels: Tensor | None = None,
-        progress: float = 0.0,
-    ) -> Tensor:
-        """Return the loss of one head.
-
-        Args:
-            logits_S: the student's logits, ``(batch, classes)`` or ``(batch, length, classes)``.
-            logits_T: the teacher's, the same shape.
-            mask: the shape of the logits without their classes.
-            labels: the true classes, the same shape as the mask, for a loss that reads them.
-            progress: how much of the run is done, 0 to 1.
-        """
-        keywords: dict[str, Any] = {} if mask is None else {"mask": mask}
-        temperature: Any = self.temperature
-        if self.transform is not None:
-            logits_S, logits_T = self.transform(logits_S, **keywords), self.transform(logits_T, **keywords)
-        if self.scheduler is not None:
-            more = {"progress": progress} if accepts(self.scheduler, "progress") else {}
-            temperature = self.scheduler(logits_S, logits_T, temperature, **keywords, **more)
-        if self.takes_labels:
-            keywords["labels"] = labels
-        if accepts(self.loss, "progress"):
-            keywords["progress"] = progress
-        return self.loss(logits_S, logits_T, temperature, **keywords)
-
-
-@functools.lru_cache(maxsize=256)
-def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Return whether a function has a parameter of this name."""
-    try:
-        return name in inspect.signature(function).parameters
-    except ValueError:
-        return False
-
-
 def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) -> list[Term]:
     """Return the KD term: the sum over the heads of the loss between the logits; none if neither side has logits.
 
@@ -183,8 +106,8 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
         if kd.probability_shift and label is not None:
             head_T = heads.probability_shift(head_T, label)
         values.append(kd(head_S, head_T, mask, label, now.progress))
-    # Heads of rows beside heads of positions: the sum is no mean of one kind.
-    averaged_over = kinds.pop() if len(kinds) == 1 else None
+    # Heads of rows beside heads of positions, or a loss between rows: the sum is no mean of one kind.
+    averaged_over = kinds.pop() if len(kinds) == 1 and denominator_of(kd.loss) != "batch" else None
     return [Term("kd_loss", sum(values[1:], values[0]), now.kd_weight, averaged_over)]
 
 
@@ -296,7 +219,7 @@ def total(terms: Sequence[Term], now: Now) -> tuple[Tensor, dict[str, Tensor]]:
 def _share(term: Term, share: Mapping[str, Tensor]) -> Tensor:
     if term.averaged_over is None or term.averaged_over not in share:
         raise ValueError(
-            f"accumulation_weighting='positions' cannot weigh {term.name!r}: its loss does not tell what it averages "
-            "over; mark the function with textbrewer.losses.masking.averaged_over, or use 'micro_batch'"
+            f"accumulation_weighting='positions' cannot weigh {term.name!r}: its loss compares rows, or does not tell "
+            "what it averages over; mark it with textbrewer.losses.masking.averaged_over, or use 'micro_batch'"
         )
     return share[term.averaged_over]

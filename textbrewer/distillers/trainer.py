@@ -83,11 +83,11 @@ class BasicTrainer:
             plan = engine.plan_steps(self.t_config, epochs, num_steps, [engine.size_of(loader)])
             exact = self.t_config.accumulation_weighting == "positions"
             job = engine.Job(
-                module=StudentModule(self.model, {"": self.adaptor}, {}).to(runtime.device),
-                student=self.model,
+                module=self._module().to(runtime.device),
+                student=self.exported,
                 optimizer=optimizer,
                 source=engine.LoaderBatches(loader, batch_postprocessor),
-                step=_Step(runtime, args),
+                step=self._step(runtime, args),
                 scheduler=training.make_scheduler(optimizer, scheduler_class, scheduler_args, scheduler),
                 max_grad_norm=max_grad_norm,
                 callback=callback,
@@ -95,6 +95,19 @@ class BasicTrainer:
                 settings=self.t_config.to_dict(),
             )
             engine.run(job, self.t_config, runtime, plan, resume_from)
+
+    @property
+    def exported(self) -> nn.Module:
+        """The model that ``gs<step>.pkl`` and the callback are about."""
+        return self.model
+
+    def _module(self) -> nn.Module:
+        """Return the module to train."""
+        return StudentModule(self.model, {"": self.adaptor}, {})
+
+    def _step(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> engine.Step:
+        """Return the function of one forward pass."""
+        return _Step(runtime, model_args)
 
     def _check_config(self) -> None:
         """Raise ValueError for settings of a teacher, which is not here."""

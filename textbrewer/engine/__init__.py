@@ -3,21 +3,23 @@
 from textbrewer.engine.batches import LoaderBatches, Source, TaskBatches
 from textbrewer.engine.checkpoint import find_checkpoint
 from textbrewer.engine.loaders import first_batch, generators_of, size_of
-from textbrewer.engine.loop import Job, run
+from textbrewer.engine.loop import Job, Step, run
 from textbrewer.engine.prefetch import PreparedBatches
 from textbrewer.engine.rng import kept as rng_kept
 from textbrewer.engine.runtime import Runtime
 from textbrewer.engine.sharding import shard
 from textbrewer.engine.step_plan import StepPlan, plan_steps
-from textbrewer.engine.tracking import NonFiniteError, progress_bar, say
+from textbrewer.engine.tracking import Figures, NonFiniteError, progress_bar, say
 
 __all__ = [
+    "Figures",
     "Job",
     "LoaderBatches",
     "NonFiniteError",
     "PreparedBatches",
     "Runtime",
     "Source",
+    "Step",
     "StepPlan",
     "TaskBatches",
     "find_checkpoint",

@@ -277,7 +277,8 @@ class _Loop:
     def _callback(self) -> None:
         """Evaluate; random numbers that the callback draws are part of the run, and kept for a resume."""
         if self.job.callback is not None:
-            self.job.callback(model=self.job.student, step=self.global_step)
+            found = self.job.callback(model=self.job.student, step=self.global_step)
+            self.tracker.report(self.global_step, found)
             self.job.student.train()
         self.saver.callback_done(self.job.source)
 

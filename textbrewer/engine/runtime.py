@@ -90,9 +90,10 @@ class Runtime:
             return module, optimizer
         return module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
-    def to_device(self, batch: Any) -> Any:
-        """Return the batch on the device; tuples, dicts, named tuples and packed sequences keep their type."""
-        return send_to_device(batch, self.device, non_blocking=True)
+    def to_device(self, batch: Any, device: torch.device | None = None) -> Any:
+        """Return the batch on the run's device, or another; tuples, dicts and packed sequences keep their type."""
+        # From a GPU to a CPU the copy must be waited for: nothing there knows when it has arrived.
+        return send_to_device(batch, device or self.device, non_blocking=(device or self.device).type != "cpu")
 
     def to_float32(self, outputs: Any) -> Any:
         """Return a model's outputs with half-precision tensors as float32, if this run has mixed precision."""
@@ -102,22 +103,23 @@ class Runtime:
         """Return the context in which a forward pass has this run's precision."""
         return self.accelerator.autocast() if self.precision in ("bf16", "fp16") else nullcontext()
 
-    @property
-    def teacher_precision(self) -> str:
-        """The precision of the teacher's forward pass: its own, or this run's."""
-        return self.config.teacher_precision or self.precision
+    def teacher_autocast(self, own: str | None, device: torch.device) -> AbstractContextManager[Any]:
+        """Return the context in which a teacher's forward pass has its precision.
 
-    def teacher_autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which a teacher's forward pass has its precision."""
-        if self.config.teacher_precision is None:
+        Args:
+            own: the precision of its own; ``None``: the run's.
+            device: where it runs.
+        """
+        if own is None and (device.type == self.device.type or self.precision not in ("bf16", "fp16")):
             return self.autocast()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.teacher_precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(own or self.precision)
+        # A teacher on a CPU beside a run in fp16 on a GPU: CPUs are no good at fp16.
+        enabled = dtype is not None and not (own is None and dtype == torch.float16 and device.type == "cpu")
+        return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
-    def teacher_to_float32(self, outputs: Any) -> Any:
+    def teacher_to_float32(self, outputs: Any, own: str | None) -> Any:
         """Return a teacher's outputs with half-precision tensors as float32, if it has a precision of its own."""
-        own = self.config.teacher_precision is not None
-        return convert_to_fp32(outputs) if own else self.to_float32(outputs)
+        return convert_to_fp32(outputs) if own is not None else self.to_float32(outputs)
 
     def micro_batch(self, module: nn.Module, sync: bool) -> AbstractContextManager[Any]:
         """Return the context of one forward and backward pass; gradients are exchanged only if ``sync``."""

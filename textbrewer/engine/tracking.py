@@ -105,6 +105,22 @@ class Tracker:
             self.runtime.accelerator.log(row, step=self.records)
         self.records += 1
 
+    def report(self, step: int, found: Any) -> None:
+        """Write and say what a callback returned, if it is :class:`Figures`; anything else is left alone.
+
+        Args:
+            step: the optimiser steps done.
+            found: what it returned.
+        """
+        if not isinstance(found, Figures) or not found:
+            return
+        if self._writer is not None:
+            for name, value in found.items():
+                self._writer.add_scalar(f"scalar/{name}", value, self.records)
+        if self._trackers:
+            self.runtime.accelerator.log(found, step=self.records)
+        self.say(f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+
     def say(self, message: str, urgent: bool = False) -> None:
         """Log a line, and print it above the bar if there is one; an urgent one is seen without a bar too."""
         shown = not self.bar.disable
@@ -119,6 +135,10 @@ class Tracker:
             self._writer.close()
         if self._trackers:
             self.runtime.accelerator.end_training()
+
+
+class Figures(dict[str, float]):
+    """What a callback found, by its name in the log."""
 
 
 def progress_bar(config: TrainingConfig, runtime: Runtime, **options: Any) -> Any:
