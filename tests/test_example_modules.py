@@ -7,6 +7,7 @@ import pytest
 from tests.example_files import data_folder, load
 
 sentences, wikiann, squad = load("classification", "sentences"), load("ner", "wikiann"), load("span_qa", "squad")
+pairs = load("sentence_pairs", "pairs")
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,8 @@ sentences, wikiann, squad = load("classification", "sentences"), load("ner", "wi
     [
         (lambda folder: sentences.read("sst2", folder), r"train\.tsv.*SST-2.*gluebenchmark"),
         (lambda folder: sentences.read("trec", folder), r"train\.txt.*TREC.*cogcomp"),
+        (lambda folder: pairs.read("mrpc", folder), r"msr_paraphrase_train\.txt.*MRPC.*gluebenchmark"),
+        (lambda folder: pairs.read("rte", folder), r"train\.tsv.*RTE.*gluebenchmark"),
         (lambda folder: wikiann.read(folder / "train"), r"train.*WikiANN.*NER-datasets"),
         (lambda folder: squad.read(folder / "cmrc2018_dev.json", "cmrc2018"), r"cmrc2018_dev\.json.*ymcui"),
         (lambda folder: squad.read(folder / "DRCD_dev.json", "drcd"), r"DRCD_dev\.json.*DRCKnowledgeTeam"),
@@ -44,6 +47,44 @@ def test_real_sentences_are_all_read(dataset, folder, counts):
     rows = sentences.read(dataset, data_folder(folder))
     assert tuple(map(len, rows)) == counts
     assert {label for _, label in rows[0]} == set(range(len(sentences.CLASSES[dataset])))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names", "header", "yes", "no"),
+    [
+        (
+            "mrpc",
+            ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt"),
+            "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+            "1\t7\t8\t{}\t{}",
+            "0\t7\t8\t{}\t{}",
+        ),
+        (
+            "rte",
+            ("train.tsv", "dev.tsv"),
+            "index\tsentence1\tsentence2\tlabel",
+            "0\t{}\t{}\tentailment",
+            "1\t{}\t{}\tnot_entailment",
+        ),
+    ],
+)
+def test_read_pairs_takes_quotes_as_text(dataset, names, header, yes, no, tmp_path):
+    lines = [header, yes.format('a " lone quote', '" quoted " '), no.format("it's", "so")]
+    for name in names:
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    expected = [(('a " lone quote', '" quoted "'), 1), (("it's", "so"), 0)]
+    assert pairs.read(dataset, tmp_path) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "counts"), [("mrpc", "glue_mrpc", (4076, 1725)), ("rte", "glue_rte", (2490, 277))]
+)
+def test_real_pairs_are_all_read(dataset, folder, counts):
+    """The numbers of rows that the datasets' authors give; no sentence is empty or runs on into the next line."""
+    rows = pairs.read(dataset, data_folder(folder))
+    assert tuple(map(len, rows)) == counts
+    assert {label for _, label in rows[0]} == {0, 1}
+    assert all(text and "\t" not in text and "\n" not in text for part in rows for pair, _ in part for text in pair)
 
 
 def test_read_wikiann_keeps_colons(tmp_path):
@@ -94,6 +135,17 @@ def test_f1_by_hand():
     assert wikiann.f1(gold, predicted) == pytest.approx(40)
     assert wikiann.f1(gold, gold) == 100
     assert wikiann.f1([["O"]], [["O"]]) == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_f1_is_that_of_seqeval(seed):
+    """On tags at random, most of them no well-formed BIO: an ``I`` that continues nothing, or another type."""
+    metrics = pytest.importorskip("seqeval.metrics")
+    generator = random.Random(seed)
+    gold = [generator.choices(wikiann.TAGS, k=generator.randint(1, 12)) for _ in range(50)]
+    predicted = [[tag if generator.random() < 0.7 else generator.choice(wikiann.TAGS) for tag in tags] for tags in gold]
+    assert 20 < wikiann.f1(gold, predicted) < 90
+    assert wikiann.f1(gold, predicted) == pytest.approx(100 * metrics.f1_score(gold, predicted))
 
 
 QUESTION = squad.Question("天空是蓝色的,大海也是蓝色的。", "什么是蓝色的?", [("大海", 1), ("天空", 0)])

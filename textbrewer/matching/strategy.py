@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ STRATEGIES = Registry("matching strategy")
 """Strategies: ``f(loss, layers_S, layers_T, **options) -> LayerStrategy``."""
 
 
-class LayerStrategy(nn.Module):
+class LayerStrategy(nn.Module, ABC):
     """Compares the states of several layers of the student with those of several layers of the teacher.
 
     A module, so that what it remembers of the training (in buffers) goes into the checkpoints.
@@ -32,6 +33,7 @@ class LayerStrategy(nn.Module):
         self.epoch = 0
         """Passes over the data completed, set before each step."""
 
+    @abstractmethod
     def forward(self, states_S: Sequence[Tensor], states_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar.
 
@@ -40,7 +42,6 @@ class LayerStrategy(nn.Module):
             states_T: the teacher's.
             mask: ``(batch, length)``, zero where a position does not count.
         """
-        raise NotImplementedError
 
 
 def make_strategy(

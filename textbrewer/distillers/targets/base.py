@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +43,13 @@ class Moment:
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value
 
 
-class Blend:
+class Blend(ABC):
     """The teachers of one step, taken in one after the other. ``figures`` are for the log."""
 
     def __init__(self) -> None:
         self.figures: dict[str, Tensor] = {}
 
+    @abstractmethod
     def add(self, number: int, results_T: Views, rows: Sequence[int] | None = None) -> None:
         """Take in what a teacher says.
 
@@ -56,14 +58,13 @@ class Blend:
             results_T: its views.
             rows: the rows of the batch that it was asked of; ``None``: all.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def terms(self, results_S: Views) -> list[Term]:
         """Return the terms of the loss, the first of which is the KD loss; none if neither side has logits."""
-        raise NotImplementedError
 
 
-class Target:
+class Target(ABC):
     """How several teachers become one KD loss.
 
     Args:
@@ -83,9 +84,9 @@ class Target:
         self.count = count
         self.learner_options: dict[str, Any] = {}  # of its parameters in the optimiser
 
+    @abstractmethod
     def start(self, moment: Moment) -> Blend:
         """Return what takes in the teachers of a step."""
-        raise NotImplementedError
 
     def build_learner(self, results_S: Views | None) -> bool:
         """Build what is learnt, if its size depends on the student's views; return whether these are missing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -59,9 +60,9 @@ class WeightedProbs(Mixture):
     teacher, and no teacher's probabilities are kept.
     """
 
+    @abstractmethod
     def log_weight(self, number: int, logits: Tensor, labels: Tensor | None, moment: Moment) -> Tensor:
         """Return the logarithm of a teacher's weights, not normalised, by position."""
-        raise NotImplementedError
 
     def parts(self, number: int, logits: Tensor, labels: Tensor | None, moment: Moment) -> list[Tensor]:
         """Return the logarithms of the weighted probabilities and of the weights."""
@@ -144,9 +145,9 @@ class _WeightedByTheOthers(Mixture):
     probabilities are kept, and nothing is subtracted. A single teacher has the weight 1.
     """
 
+    @abstractmethod
     def log_penalty(self, logits: Tensor, labels: Tensor | None) -> Tensor:
         """Return the logarithm of a teacher's penalty by position."""
-        raise NotImplementedError
 
     def parts(self, number: int, logits: Tensor, labels: Tensor | None, moment: Moment) -> list[Tensor]:
         """Return the logarithms of the probabilities and of the penalty."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -31,17 +32,17 @@ class Mixture(Target):
         """Return what takes in the teachers of a step."""
         return MixtureBlend(self, moment)
 
+    @abstractmethod
     def parts(self, number: int, logits: Tensor, labels: Tensor | None, moment: Moment) -> list[Tensor]:
         """Return what is kept of one teacher's logits; the first tensor has their shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, kept: list[Tensor], fresh: list[Tensor]) -> list[Tensor]:
         """Return what is kept with the next teacher; ``kept`` is empty at the first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, kept: list[Tensor], temperature: float) -> Tensor:
         """Return the logits that the student learns from."""
-        raise NotImplementedError
 
 
 class MixtureBlend(Blend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Separate(Target):
         """Return what takes in the teachers of a step."""
         return SeparateBlend(self, moment)
 
+    @abstractmethod
     def combine(self, losses: Sequence[Tensor], blend: SeparateBlend, results_S: Views) -> Tensor:
         """Return the KD loss of the step.
 
@@ -35,7 +37,6 @@ class Separate(Target):
             blend: of the step; its ``figures`` are logged.
             results_S: the student's views.
         """
-        raise NotImplementedError
 
 
 class SeparateBlend(Blend):
