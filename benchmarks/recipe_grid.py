@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,21 +98,45 @@ class Grid:
         return self.work / cell.task / name / "model.pt"
 
     def done(self, cell: Cell, with_weights: bool = False) -> bool:
-        """Whether a cell's result is there, and its weights if they are asked for."""
-        return self.path(cell).exists() and (not with_weights or self.weights(cell).exists())
+        """Whether a cell's result is there, and its weights if they are asked for.
+
+        A final result of another rate than the sweep's best is one of an unfinished sweep: it is made anew.
+        """
+        if not self.path(cell).exists() or (with_weights and not self.weights(cell).exists()):
+            return False
+        if cell.sweep:
+            return True
+        task = self.sweep_task(cell.task)
+        swept = self.sweep_is_done(task, self.source(task, cell.method))
+        return swept and (self.read(cell) or {})["rate"] == self.rate(cell)[0]
 
     # ---- what belongs to what
 
     def sweep_cells(self, task: str, method: str) -> list[Cell]:
-        """Return a sweep's cells: all rates, and when these are done, the best one with the other dropouts."""
+        """Return a sweep's cells: all rates, and when these are done, what their scores ask for.
+
+        Where the best rate is the highest or the lowest, the next one beyond is tried as well, up to twice on each
+        side; then the best one with the other dropouts.
+        """
         chosen = METHODS[method]
-        rates = chosen.rates[:2] if self.tiny else chosen.rates
+        rates = list(chosen.rates[:2] if self.tiny else chosen.rates)
         seeds = range(TASKS[task].sweep_seeds)
-        first = [Cell(task, method, seed, rate, chosen.dropouts[0]) for rate in rates for seed in seeds]
+
+        def cells(rates: Sequence[float], dropout: float) -> list[Cell]:
+            return [Cell(task, method, seed, rate, dropout) for rate in rates for seed in seeds]
+
+        first = cells(rates, chosen.dropouts[0])
+        for _ in range(0 if self.tiny or len(rates) == 1 else 2):
+            if not all(map(self.done, first)):
+                return first
+            best, _ = self._best(first)
+            if min(rates) < best < max(rates):
+                break
+            rates.append(round(best * 2, 9) if best == max(rates) else round(best / 2, 9))
+            first = cells(rates, chosen.dropouts[0])
         if len(chosen.dropouts) == 1 or not all(map(self.done, first)):
             return first
-        rate, _ = self._best(first)
-        return first + [Cell(task, method, seed, rate, value) for value in chosen.dropouts[1:] for seed in seeds]
+        return first + [cell for value in chosen.dropouts[1:] for cell in cells([self._best(first)[0]], value)]
 
     def sweep_is_done(self, task: str, method: str) -> bool:
         """Whether a sweep has nothing left to do."""

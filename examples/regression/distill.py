@@ -108,10 +108,10 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500, help="of each student's training; the teacher gets a third")
     parser.add_argument("--output", type=Path, default=Path("runs/regression"))
-    parser.add_argument("--fast", action="store_true", help="a short run: 600 steps")
+    parser.add_argument("--fast", action="store_true", help="a short run: 1,000 steps")
     options = parser.parse_args()
     if options.fast:
-        options.steps = 600
+        options.steps = 1000
     return options
 
 
