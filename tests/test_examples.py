@@ -230,6 +230,17 @@ def test_a_recipe_runs_its_stages(tmp_path):
     assert student > teacher - 5
 
 
+def test_theseus_replaces_half_of_the_layers(tmp_path):
+    done = _run(EXAMPLES / "by_feature" / "theseus.py", cwd=tmp_path)
+    rates = _numbers("step #: replacing rate #, successor alone #% right", done.stdout)
+    assert [(step, rate) for step, rate, _ in rates] == [(32, 0.55), (64, 0.8), (96, 1), (128, 1)]
+    ((layers, teacher),) = _numbers("predecessor, # layers: #%", done.stdout)
+    (untrained,) = _numbers("half of its layers, untrained: #%", done.stdout)
+    ((half, student),) = _numbers("successor, # layers: #%", done.stdout)
+    assert (layers, half) == (6, 3)
+    assert student > max(untrained, 0.98 * teacher)
+
+
 def test_custom_matches_bring_layers_together(tmp_path):
     done = _run(EXAMPLES / "by_feature" / "custom_matches.py", cwd=tmp_path)
     ((before, after),) = _numbers("# before, # after", done.stdout)

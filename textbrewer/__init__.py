@@ -27,6 +27,7 @@ from textbrewer.distillers import (
     MultiTaskDistiller,
     MultiTeacherDistiller,
     MutualDistiller,
+    TheseusDistiller,
     precompute,
 )
 from textbrewer.matching import match_layers
@@ -73,6 +74,7 @@ __all__ = [
     "MultiTeacherDistiller",
     "MutualDistiller",
     "TeacherCache",
+    "TheseusDistiller",
     "TrainingConfig",
     "TwoTokenizerCollator",
     "collators",

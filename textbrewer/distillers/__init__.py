@@ -6,6 +6,7 @@ from textbrewer.distillers.multi_task import MultiTaskDistiller
 from textbrewer.distillers.multi_teacher import MultiTeacherDistiller
 from textbrewer.distillers.mutual import MutualDistiller
 from textbrewer.distillers.precomputing import precompute
+from textbrewer.distillers.theseus import TheseusDistiller
 from textbrewer.distillers.trainer import BasicTrainer
 from textbrewer.matching import CustomMatch
 
@@ -17,5 +18,6 @@ __all__ = [
     "MultiTaskDistiller",
     "MultiTeacherDistiller",
     "MutualDistiller",
+    "TheseusDistiller",
     "precompute",
 ]

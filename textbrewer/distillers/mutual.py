@@ -16,7 +16,7 @@ from textbrewer.distillers import first_step, terms
 from textbrewer.distillers.knowledge import make_knowledge
 from textbrewer.distillers.student import call
 from textbrewer.distillers.trainer import BasicTrainer
-from textbrewer.engine import Runtime
+from textbrewer.engine import Runtime, StepPlan
 
 
 class Cohort(nn.Module):
@@ -108,7 +108,7 @@ class MutualDistiller(BasicTrainer):
     def _module(self) -> nn.Module:
         return CohortModule(self.cohort, self.adaptors)
 
-    def _step(self, runtime: Runtime, model_args: dict[str, Any]) -> Any:
+    def _step(self, runtime: Runtime, model_args: dict[str, Any], plan: StepPlan) -> Any:
         return MutualStep(runtime, model_args, self.d_config)
 
 

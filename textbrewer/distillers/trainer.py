@@ -76,7 +76,7 @@ class BasicTrainer:
         engine.plan_steps(self.t_config, num_epochs, num_steps, [engine.size_of(dataloader)])
         modes: AbstractContextManager[Any] = self if self._modes_before is None else nullcontext()
         models = [self.model] if self.t_config.compile else []
-        with engine.Runtime(self.t_config) as runtime, modes, compiled(models, "model"):
+        with engine.Runtime(self.t_config) as runtime, modes, self._prepared(runtime), compiled(models, "model"):
             loader = engine.shard(dataloader, runtime)
             # The second plan, of what each process reads; a warning about both lengths was given with the first.
             epochs = num_epochs if num_steps is None else None
@@ -87,7 +87,7 @@ class BasicTrainer:
                 student=self.exported,
                 optimizer=optimizer,
                 source=engine.LoaderBatches(loader, batch_postprocessor),
-                step=self._step(runtime, args),
+                step=self._step(runtime, args, plan),
                 scheduler=training.make_scheduler(optimizer, scheduler_class, scheduler_args, scheduler),
                 max_grad_norm=max_grad_norm,
                 callback=callback,
@@ -105,9 +105,13 @@ class BasicTrainer:
         """Return the module to train."""
         return StudentModule(self.model, {"": self.adaptor}, {})
 
-    def _step(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> engine.Step:
+    def _prepared(self, runtime: engine.Runtime) -> AbstractContextManager[None]:
+        """Return the context in which the module is trained."""
+        return nullcontext()
+
+    def _step(self, runtime: engine.Runtime, model_args: dict[str, Any], plan: engine.StepPlan) -> engine.Step:
         """Return the function of one forward pass."""
-        return _Step(runtime, model_args)
+        return SupervisedStep(runtime, model_args, type(self).__name__)
 
     def _check_config(self) -> None:
         """Raise ValueError for settings of a teacher, which is not here."""
@@ -123,19 +127,28 @@ class BasicTrainer:
         return weighting.count_positions(batch)
 
 
-class _Step:
-    """One forward pass: the model's own losses."""
+class SupervisedStep:
+    """One forward pass: the model's own losses.
 
-    def __init__(self, runtime: engine.Runtime, model_args: dict[str, Any]) -> None:
-        self.runtime, self.model_args = runtime, model_args
+    Args:
+        runtime: the machine.
+        model_args: further arguments of the model.
+        who: the trainer's class, for messages.
+    """
 
-    def __call__(self, module: nn.Module, batch: Any, progress: float, share: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def __init__(self, runtime: engine.Runtime, model_args: dict[str, Any], who: str) -> None:
+        self.runtime, self.model_args, self.who = runtime, model_args, who
+
+    def __call__(
+        self, module: Callable[..., Any], batch: Any, progress: float, share: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the adaptor's losses; there is nothing more to log."""
         batch = self.runtime.to_device(batch)
         with first_step.explained(batch):
             views = adaptors.Views(module(batch, self.model_args)["views"])
         if "losses" not in views:
             raise KeyError(
-                f"BasicTrainer optimises 'losses', but the adaptor returned only {sorted(views)}; return the loss "
+                f"{self.who} optimises 'losses', but the adaptor returned only {sorted(views)}; return the loss "
                 "under that key (a transformers model has one when the batch has labels)"
             )
         now = terms.Now(0.0, 1.0, share)

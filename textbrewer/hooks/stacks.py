@@ -1,4 +1,4 @@
-"""A model's stack of blocks: where it hangs, and how it is shortened for a while."""
+"""A model's stack of blocks: where it hangs, and how other blocks take its place for a while."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def places_of(model: nn.Module, module: nn.Module) -> list[Place]:
 
 
 class Stack:
-    """A model's stack of blocks, which can be shortened for a while.
+    """A model's stack of blocks, which can be shortened, or made of other blocks, for a while.
 
     Args:
         blocks: the list of blocks.
@@ -35,12 +35,18 @@ class Stack:
     @contextmanager
     def shortened(self, depth: int) -> Iterator[None]:
         """Leave the model only its first ``depth`` blocks while the context is open."""
+        with self.replaced(list(self.blocks)[:depth]):
+            yield
+
+    @contextmanager
+    def replaced(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Let the model run these blocks instead of its own while the context is open."""
         # A copy of the list object alone: a subclass, and hooks, stay what they are.
-        short = copy.copy(self.blocks)
-        short.__dict__["_modules"] = dict(list(self.blocks._modules.items())[:depth])
+        other = copy.copy(self.blocks)
+        other.__dict__["_modules"] = {str(number): block for number, block in enumerate(blocks)}
         try:
             for children, name in self.places:
-                children[name] = short
+                children[name] = other
             yield
         finally:
             for children, name in self.places:
