@@ -2,6 +2,7 @@
 
 from textbrewer import (
     collators,
+    compression,
     configurations,
     data_utils,
     distillers,
@@ -78,6 +79,7 @@ __all__ = [
     "TrainingConfig",
     "TwoTokenizerCollator",
     "collators",
+    "compression",
     "configurations",
     "data_utils",
     "distill",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Modes", "call", "device_of", "evaluating", "modes_of", "on_device", "set_modes"]
+__all__ = ["Modes", "call", "device_of", "evaluating", "modes_of", "on_device", "real_positions", "set_modes"]
 
+_IGNORED = -100
 Modes = list[tuple[nn.Module, bool]]
 
 
@@ -62,3 +63,21 @@ def on_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return [on_device(value, device) for value in batch]
     return batch
+
+
+def real_positions(batch: Any, decoder: bool, shape: torch.Size) -> Tensor | None:
+    """Return which positions of a batch are no padding, ``None`` where it does not say.
+
+    Args:
+        batch: the batch.
+        decoder: whether the positions of the decoder are meant, in a model that has both.
+        shape: ``(batch, length)`` of the states that are asked about; a mask of another shape does not count.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    if decoder:
+        labels = batch.get("labels")
+        candidates = [batch.get("decoder_attention_mask"), None if labels is None else labels != _IGNORED]
+    else:
+        candidates = [batch.get("attention_mask")]
+    return next((mask.bool() for mask in candidates if mask is not None and mask.shape == shape), None)

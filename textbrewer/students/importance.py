@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from textbrewer.hooks import first_tensor
-from textbrewer.hooks.forward import call, device_of, evaluating, on_device
+from textbrewer.hooks.forward import call, device_of, evaluating, on_device, real_positions
 from textbrewer.students.spaces import Space
 
 __all__ = ["activation_scores", "choose", "weight_scores"]
-
-_IGNORED = -100
 
 
 def choose(space: Space, scores: Tensor) -> None:
@@ -111,7 +109,7 @@ class _Listener:
     def add(self, states: Any, decoder: bool) -> None:
         """Add the features of one batch."""
         values = first_tensor(states).detach()
-        mask = _mask(self.batch, decoder, values.shape[:-1])
+        mask = real_positions(self.batch, decoder, values.shape[:-1])
         values = values.flatten(0, -2) if mask is None else values[mask]
         self.sums += values.double().abs().sum(0).cpu()
         self.positions += len(values)
@@ -119,18 +117,6 @@ class _Listener:
     def scores(self) -> Tensor:
         """Return the mean absolute value of each block."""
         return self.space.by_block(self.sums / max(1, self.positions)).mean((0, 2))
-
-
-def _mask(batch: Any, decoder: bool, shape: torch.Size) -> Tensor | None:
-    """Return which positions of a batch are no padding, ``None`` where it does not say."""
-    if not isinstance(batch, Mapping):
-        return None
-    if decoder:
-        labels = batch.get("labels")
-        candidates = [batch.get("decoder_attention_mask"), None if labels is None else labels != _IGNORED]
-    else:
-        candidates = [batch.get("attention_mask")]
-    return next((mask.bool() for mask in candidates if mask is not None and mask.shape == shape), None)
 
 
 def _counts(teacher: nn.Module, name: str, kind: str) -> bool:

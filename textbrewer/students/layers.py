@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from textbrewer import checks
-from textbrewer.students.families import Family, LayerStack
+from textbrewer.layouts.families import Family, LayerStack
+from textbrewer.layouts.stacks import locate
 
 __all__ = ["Layers", "Tower", "chosen_layers", "find_towers", "is_dropped", "source_name", "uniform_layers"]
 
@@ -89,7 +90,7 @@ def find_towers(teacher: nn.Module, family: Family, layers: Layers | tuple[Layer
     Raises:
         ValueError: if no stack is where the family says, or a tuple does not fit the number of stacks.
     """
-    found = [(stack, place) for stack in family.stacks if (place := _find(teacher, stack)) is not None]
+    found = [(stack, place) for stack in family.stacks if (place := locate(teacher, stack)) is not None]
     if not found:
         names = ", ".join(path for stack in family.stacks for path in stack.paths)
         raise ValueError(f"{type(teacher).__name__} must have its layers in a list named {names}, got none")
@@ -123,21 +124,3 @@ def is_dropped(name: str, towers: Sequence[Tower]) -> bool:
         if name.startswith(tower.path + "."):
             return int(name[len(tower.path) + 1 :].partition(".")[0]) not in tower.picked
     return False
-
-
-def _find(teacher: nn.Module, stack: LayerStack) -> tuple[str, nn.ModuleList] | None:
-    """Return the dotted name and the layers of a stack, or ``None``."""
-    for path in stack.paths:
-        found = [
-            (name, module)
-            for name, module in teacher.named_modules()
-            if (name == path or name.endswith("." + path)) and isinstance(module, nn.ModuleList)
-        ]
-        if len(found) > 1:
-            raise ValueError(
-                f"{type(teacher).__name__} must have one list of layers named {path}, got "
-                f"{', '.join(name for name, _ in found)}; name it in full in a Family of your own"
-            )
-        if found:
-            return found[0]
-    return None

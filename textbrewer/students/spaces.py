@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from textbrewer.students.families import Family, InnerWidth
+from textbrewer.layouts.families import Family, InnerWidth
+from textbrewer.layouts.inner import Axis, by_block, inner_features
 from textbrewer.students.layers import Tower
-from textbrewer.students.widths import Width, Widths, features_in, is_transposed
+from textbrewer.students.widths import Width, Widths
 
 __all__ = ["Axis", "Space", "hidden_space", "inner_spaces"]
-
-
-class Axis(NamedTuple):
-    """One axis of one of the teacher's tensors."""
-
-    tensor: str
-    axis: int
 
 
 @dataclass
@@ -50,16 +43,8 @@ class Space:
     kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def by_block(self, axis: Tensor) -> Tensor:
-        """Return a tensor whose first axis is of this space as ``(parts, blocks, features of a block, ...)``.
-
-        An axis of twice or three times the features is of several parts: query, key and value in one projection. One of
-        fewer has narrower blocks: keys and values that several heads share, or a table with one column a head.
-        """
-        size = axis.shape[0]
-        parts = max(1, size // self.features)
-        if size % self.blocks.teacher or (parts > 1 and size % self.features):
-            raise ValueError(f"the {self.kind} of {self.name!r} must divide {size} features, got {self.blocks.teacher}")
-        return axis.reshape(parts, self.blocks.teacher, -1, *axis.shape[1:])
+        """Return a tensor whose first axis is of this space as ``(parts, blocks, features of a block, ...)``."""
+        return by_block(axis, self.features, self.blocks.teacher, f"{self.kind} of {self.name!r}")
 
     def positions(self, size: int) -> Tensor:
         """Return the kept positions along an axis of this space that has ``size`` of them."""
@@ -87,36 +72,16 @@ def inner_spaces(family: Family, towers: Sequence[Tower], widths: Widths) -> lis
 
 def _spaces(tower: Tower, inner: InnerWidth, kind: str, blocks: Width, shared: bool) -> list[Space]:
     """Return the spaces of one kind of features in the layers of one stack."""
-    spaces: dict[str, Space] = {}
-    for number in tower.picked:
-        prefix, modules = f"{tower.path}.{number}.", dict(tower.blocks[number].named_modules())
-        readers = [path for path in inner.readers if path in modules]
-        if not readers:
-            continue
-        place = tower.path if inner.tables else prefix + readers[0]
-        space = spaces.setdefault(place, Space(kind, place, features_in(modules[readers[0]]), blocks))
-        for path in inner.writers:
-            if path in modules:
-                outputs = _outputs(prefix + path, modules[path])
-                if shared and modules[path].weight.shape[outputs[0].axis] > space.features:
-                    raise ValueError(
-                        "query, key and value must be projections of their own where several heads share keys and "
-                        f"values, got {prefix + path!r} for all of them; build the narrower student yourself"
-                    )
-                space.axes += outputs
-        for path in readers:
-            space.axes.append(Axis(f"{prefix}{path}.weight", 0 if is_transposed(modules[path]) else 1))
-            space.readers.append(prefix + path)
-    for space in spaces.values():
-        first = dict(tower.blocks[0].named_modules())
-        space.axes += [Axis(f"{tower.path}.0.{path}.weight", 1) for path in inner.tables if path in first]
-    return list(spaces.values())
-
-
-def _outputs(name: str, module: nn.Module) -> list[Axis]:
-    """Return the axes of a linear module's outputs."""
-    bias = [] if getattr(module, "bias", None) is None else [Axis(f"{name}.bias", 0)]
-    return [Axis(f"{name}.weight", 1 if is_transposed(module) else 0), *bias]
+    found = inner_features(tower.path, list(tower.blocks), tower.picked, inner, shared=bool(inner.tables))
+    for one in found:
+        for name, axis in one.axes:
+            size = tower.blocks.get_parameter(name[len(tower.path) + 1 :]).shape[axis]
+            if shared and size > one.features:
+                raise ValueError(
+                    "query, key and value must be projections of their own where several heads share keys and "
+                    f"values, got {name.rpartition('.')[0]!r} for all of them; build the narrower student yourself"
+                )
+    return [Space(kind, one.name, one.features, blocks, one.axes, one.readers) for one in found]
 
 
 def hidden_space(

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from textbrewer import checks
-from textbrewer.students.families import Family
+from textbrewer.layouts.families import Family
+from textbrewer.layouts.inner import features_in, module_of
 from textbrewer.students.layers import Tower
 
-__all__ = ["Request", "TowerWidths", "Width", "Widths", "features_in", "module_of", "student_widths", "write_widths"]
+__all__ = ["Request", "TowerWidths", "Width", "Widths", "student_widths", "write_widths"]
 
 
 class Width(NamedTuple):
@@ -62,21 +61,6 @@ class Request:
     def changes(self) -> bool:
         """Whether anything is asked for."""
         return any(value is not None for value in vars(self).values())
-
-
-def module_of(block: nn.Module, path: str) -> nn.Module | None:
-    """Return a module inside a layer, ``None`` where the layer has none of that name."""
-    return dict(block.named_modules()).get(path)
-
-
-def is_transposed(module: nn.Module | None) -> bool:
-    """Return whether a linear module keeps its weight as ``(inputs, outputs)``, as GPT-2's do."""
-    return type(module).__name__ == "Conv1D"
-
-
-def features_in(module: nn.Module) -> int:
-    """Return the number of inputs of a linear module."""
-    return int(module.weight.shape[0 if is_transposed(module) else 1])  # type: ignore[index]
 
 
 def student_widths(config: Any, family: Family, towers: Sequence[Tower], request: Request) -> Widths:
