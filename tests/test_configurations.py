@@ -298,7 +298,11 @@ def test_bad_distillation_settings(settings, error, message):
         ({"loss": "nst", "layer_T": [0, 1]}, ValueError, "^layer_S of a match with loss 'nst' .*, got 2"),
         ({"loss": "mmd", "layer_T": [0, 1, 2], "layer_S": [0, 1]}, ValueError, "list of two layers"),
         ({"teacher": -1}, ValueError, "^teacher of an intermediate match must be at least 0, got -1"),
-        ({"proj": "conv"}, ValueError, "^the first item of proj .*got 'conv'; known: linear, relu, tanh"),
+        (
+            {"proj": "conv"},
+            ValueError,
+            "^the first item of proj .*got 'conv'; known: linear, gaussian, identity, relu, tanh",
+        ),
         ({"proj": "linea"}, ValueError, "did you mean 'linear'"),
         ({"proj": ["linear", 384]}, ValueError, r"^proj must be a name, .*got \['linear', 384\]"),
         ({"proj": ["linear", 384, 768, 1, 2]}, ValueError, "^proj must be a name"),

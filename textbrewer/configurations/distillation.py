@@ -12,7 +12,7 @@ from textbrewer import checks, losses, projections  # noqa: F401
 from textbrewer.configurations.config import Config
 from textbrewer.configurations.match import IntermediateMatch
 from textbrewer.losses.transforms import LOGIT_TRANSFORMS
-from textbrewer.registry import KD_LOSS_MAP, TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, name_of
+from textbrewer.registry import KD_LOSS_MAP, TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, Registry, name_of
 
 
 @dataclass(repr=False)
@@ -94,7 +94,7 @@ class DistillationConfig(Config):
         if spec == "none":
             return
         checks.one_of(name_of(spec), WEIGHT_SCHEDULER, name)
-        if not callable(WEIGHT_SCHEDULER.make(spec)):
+        if not callable(_made(WEIGHT_SCHEDULER, spec, name)):
             raise TypeError(f"{name} {spec!r} must give a function of the progress")
 
     def make_temperature_scheduler(self) -> Callable[..., Any] | None:
@@ -103,7 +103,15 @@ class DistillationConfig(Config):
             return None
         spec = self.temperature_scheduler
         checks.one_of(name_of(spec), TEMPERATURE_SCHEDULER, "temperature_scheduler")
-        scheduler = TEMPERATURE_SCHEDULER.make(spec)  # type: ignore[arg-type]
+        scheduler = _made(TEMPERATURE_SCHEDULER, spec, "temperature_scheduler")
         if not callable(scheduler):
             raise TypeError(f"temperature_scheduler {spec!r} must give a function, got {scheduler!r}")
         return scheduler  # type: ignore[no-any-return]
+
+
+def _made(registry: Registry, spec: Any, name: str) -> Any:
+    """Return what a specification gives; an error says which setting it is of."""
+    try:
+        return registry.make(spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
