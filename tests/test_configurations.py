@@ -301,7 +301,7 @@ def test_bad_distillation_settings(settings, error, message):
         (
             {"proj": "conv"},
             ValueError,
-            "^the first item of proj .*got 'conv'; known: linear, gaussian, identity, relu, tanh",
+            "^the first item of proj .*got 'conv'; known: linear, gaussian, .*tanh",
         ),
         ({"proj": "linea"}, ValueError, "did you mean 'linear'"),
         ({"proj": ["linear", 384]}, ValueError, r"^proj must be a name, .*got \['linear', 384\]"),
