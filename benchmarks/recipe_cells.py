@@ -82,11 +82,8 @@ class Work:
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Return the arguments of ``train()``."""
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-        others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
         return {
-            "optimizer": torch.optim.AdamW(groups, lr=self.rate, fused=True),
+            "optimizer": textbrewer.recipes.make_optimizer(model, self.rate),
             "dataloader": self.loader(),
             "num_epochs": self.epochs,
             "scheduler_class": transformers.get_linear_schedule_with_warmup,

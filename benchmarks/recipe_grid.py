@@ -92,6 +92,11 @@ class Grid:
         path = self.path(cell)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
+    def finals(self, task: str, method: str) -> dict[int, dict[str, Any]]:
+        """Return a method's final results by seed."""
+        found = {seed: self.read(Cell(task, method, seed)) for seed in range(TASKS[task].seeds)}
+        return {seed: result for seed, result in found.items() if result is not None}
+
     def weights(self, cell: Cell) -> Path:
         """Return the file of a teacher's weights."""
         name = f"teacher-seed{cell.seed}" + (f"-sweep-rate{cell.rate:g}" if cell.sweep else "")

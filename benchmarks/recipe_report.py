@@ -19,9 +19,9 @@ from headline import markdown
 from recipe_grid import Cell, Grid
 from recipe_methods import METHODS
 from recipe_tasks import TASKS
-from recipe_verdicts import FIVE, verdicts
+from recipe_verdicts import BASELINE, FIVE, verdicts
 
-NOTHING, BASELINE = "\N{EN DASH}", "pretrained"
+NOTHING = "\N{EN DASH}"
 DRAWN = ("teacher", "pretrained", "finetuned", "kd", "hidden", "tinybert", "minilmv2", "several-teachers", "narrow")
 INTRODUCTION = """\
 # What the recipes give: experiments
@@ -70,7 +70,7 @@ def write(grid: Grid, folder: Path) -> None:
     if (folder / "images" / "recipes_curves.svg").exists():
         parts += ["\n## Learning curves\n", "Score on the held-out rows at each epoch's end, mean of the seeds.\n"]
         parts.append("![learning curves](images/recipes_curves.svg)")
-    parts += ["\n## The sweeps\n", SWEEPS]
+    parts += ["\n## The sweeps\n", SWEEPS, unfinished(grid)]
     for task in TASKS.values():
         if task.rates_of is None:
             parts += [f"\n### {task.title}\n", sweep_table(grid, task.name)]
@@ -104,12 +104,6 @@ def introduction() -> str:
 # ---- numbers
 
 
-def results(grid: Grid, task: str, method: str) -> dict[int, dict[str, Any]]:
-    """Return a method's final results by seed."""
-    found = {seed: grid.read(Cell(task, method, seed)) for seed in range(TASKS[task].seeds)}
-    return {seed: result for seed, result in found.items() if result is not None}
-
-
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """Return ``mean ± standard deviation``, the mean alone of one value."""
     if not values:
@@ -128,7 +122,7 @@ def overview(grid: Grid) -> str:
     header = ["method", *(f"{TASKS[task].title}, {TASKS[task].metric}" for task in FIVE), "average"]
     rows = []
     for name, method in METHODS.items():
-        scores = [[result["score"] for result in results(grid, task, name).values()] for task in FIVE]
+        scores = [[result["score"] for result in grid.finals(task, name).values()] for task in FIVE]
         average = f"{mean(map(mean, scores)):.1f}" if all(scores) else NOTHING
         rows.append([method.title, *map(spread, scores), average])
     return markdown(header, rows)
@@ -140,10 +134,10 @@ def task_table(grid: Grid, task: str, latencies: dict[str, Any]) -> str:
     header += ["training, s", "parameters, M", "latency, ms", "learning rate"]
     if task == "mrpc":
         header.insert(2, "F1, %")
-    teacher, baseline = results(grid, task, "teacher"), results(grid, task, BASELINE)
+    teacher, baseline = grid.finals(task, "teacher"), grid.finals(task, BASELINE)
     rows = []
     for name, method in METHODS.items():
-        found = results(grid, task, name)
+        found = grid.finals(task, name)
         if not method.applies(TASKS[task]):
             continue
         values = list(found.values())
@@ -182,6 +176,17 @@ def sweep_table(grid: Grid, task: str) -> str:
         row.append(sweep_score(grid, again, best) if again else NOTHING)
         rows.append(row)
     return markdown(["method", "dropout", *(f"{rate:g}" for rate in rates), "best rate, dropout 0"], rows)
+
+
+def unfinished(grid: Grid) -> str:
+    """Return which sweeps are not done, whose figures are then those of the rates tried so far."""
+    found = [
+        f"{METHODS[name].title} on {TASKS[task].title}"
+        for task in FIVE
+        for name in METHODS
+        if METHODS[name].swept and grid.finals(task, name) and not grid.sweep_is_done(task, name)
+    ]
+    return f"Not finished, rates beyond the edge are still to be tried: {'; '.join(found)}.\n" if found else ""
 
 
 def sweep_score(grid: Grid, cells: list[Cell], best: tuple[float, float] | None) -> str:
@@ -242,7 +247,7 @@ def draw(grid: Grid, latencies: dict[str, Any], folder: Path) -> bool:
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "recipes"  # the same numbers give the same file
-    drawn = [task for task in FIVE if any(results(grid, task, name) for name in METHODS)]
+    drawn = [task for task in FIVE if any(grid.finals(task, name) for name in METHODS)]
     timed = [task for task in drawn if task in latencies.get("tasks", {})]
     if drawn:
         panels(drawn, folder / "recipes_curves.svg", lambda task, axes: draw_curves(grid, task, axes))
@@ -273,7 +278,7 @@ def panels(tasks: Sequence[str], path: Path, fill: Callable[[str, Any], None]) -
 def draw_curves(grid: Grid, task: str, axes: Any) -> None:
     """Draw the mean score of the seeds over the steps."""
     for number, (name, method) in enumerate((name, METHODS[name]) for name in DRAWN):
-        curves = [result["curve"] for result in results(grid, task, name).values()]
+        curves = [result["curve"] for result in grid.finals(task, name).values()]
         curves = [curve for curve in curves if len(curve) == len(curves[0])]
         if curves:
             steps = [point["step"] for point in curves[0]]
@@ -285,7 +290,7 @@ def draw_curves(grid: Grid, task: str, axes: Any) -> None:
 def draw_points(grid: Grid, task: str, axes: Any, times: dict[str, float]) -> None:
     """Draw score against latency; points of one latency are set a little apart."""
     for number, (name, method) in enumerate((name, METHODS[name]) for name in DRAWN):
-        scores = [result["score"] for result in results(grid, task, name).values()]
+        scores = [result["score"] for result in grid.finals(task, name).values()]
         if scores and method.shape in times:
             place = times[method.shape] * (1 + 0.01 * (number % 7 - 3))
             error = stdev(scores) if len(scores) > 1 else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean, stdev
 from typing import Any
 
-from recipe_grid import Cell, Grid
+from recipe_grid import Grid
 from recipe_methods import METHODS, Ensemble, MoreText, SeveralTeachers
 from recipe_models import LAYERS
 from recipe_tasks import TASKS
@@ -17,8 +17,7 @@ LEAST_GAIN, HALF, QUARTER = 1.5, 98.0, 95.0
 
 def scores(grid: Grid, task: str, method: str) -> dict[int, float]:
     """Return a method's final scores by seed."""
-    found = {seed: grid.read(Cell(task, method, seed)) for seed in range(TASKS[task].seeds)}
-    return {seed: result["score"] for seed, result in found.items() if result is not None}
+    return {seed: result["score"] for seed, result in grid.finals(task, method).items()}
 
 
 def deviation(values: dict[int, float]) -> float:

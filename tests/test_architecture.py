@@ -13,7 +13,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # A module imports only from lower levels; `__init__` is the package's own.
 LEVELS = (
     {"names"},
-    {"registry", "checks"},
+    {"registry", "checks", "files"},
     {"losses", "schedulers", "projections", "adaptors", "hooks", "layouts", "collators", "data_utils", "utils"},
     {"configurations", "presets"},
     {"matching", "students", "teacher_cache", "engine", "compression", "report"},

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from textbrewer import checks
 
-__all__ = ["ADAPTOR_KEYS", "FEATURES", "Adaptor", "Views", "auto_adaptor", "auto_arguments", "normalise", "resolve"]
+__all__ = [
+    "ADAPTOR_KEYS",
+    "FEATURES",
+    "Adaptor",
+    "Views",
+    "auto_adaptor",
+    "auto_arguments",
+    "normalise",
+    "one_each",
+    "resolve",
+]
 
 FEATURES = ["hidden", "attention", "query", "key", "value", "scores"]
 """Features of intermediate layers that an adaptor may return and a match may name."""
@@ -106,6 +116,24 @@ def resolve(adaptor: Adaptor | str, name: str) -> Adaptor:
     if not callable(adaptor):
         raise TypeError(f'{name} must be a function (batch, model_outputs) -> dict, or "auto", got {adaptor!r}')
     return adaptor
+
+
+def one_each(given: Adaptor | str | Sequence[Adaptor | str], count: int, name: str, whose: str) -> list[Adaptor | str]:
+    """Return an adaptor for each of several models, of one for all of them or a list.
+
+    Args:
+        given: one adaptor, or a list of them.
+        count: how many models there are.
+        name: the argument's name.
+        whose: what the models are, for the message.
+
+    Raises:
+        ValueError: if there are not as many as models.
+    """
+    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * count
+    if len(several) != count:
+        raise ValueError(f"{name} must be one adaptor, or one a {whose} ({count}), got {len(several)}")
+    return several
 
 
 def auto_arguments(adaptor: object, features: set[str]) -> dict[str, bool]:

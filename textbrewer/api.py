@@ -6,8 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from textbrewer import checks, engine, recipes
 from textbrewer.adaptors import Adaptor
 from textbrewer.configurations import TrainingConfig
 from textbrewer.distillers import GeneralDistiller, MutualDistiller
+from textbrewer.distillers.frozen import untrained
+from textbrewer.files import replaced
 from textbrewer.hooks import resolve
 from textbrewer.recipes import Stage
 from textbrewer.recipes.lengths import lengths_of
@@ -157,7 +158,8 @@ class _Run:
         student = self.student if stage.student is None else stage.student
         distiller = self._distiller(stage, config, student)
         trained = distiller.cohort if isinstance(distiller, MutualDistiller) else student
-        with frozen_parts(student, stage.frozen), distiller:
+        still = [parameter for name in stage.frozen for parameter in resolve(student, name).parameters()]
+        with untrained(still), distiller:
             distiller.train(
                 self.optimizer(trained, self.rate if stage.learning_rate is None else stage.learning_rate),
                 num_steps=steps,
@@ -188,28 +190,6 @@ class _Run:
         )
 
 
-@contextmanager
-def frozen_parts(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Keep modules of a model from training while the context is open.
-
-    Args:
-        model: the model.
-        names: dotted names of the modules.
-
-    Raises:
-        KeyError: if there is no module of a name.
-    """
-    parameters = [parameter for name in names for parameter in resolve(model, name).parameters()]
-    before = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, required in reversed(before):
-            parameter.requires_grad_(required)
-
-
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings as JSON can hold them; a model is told by its class."""
     plain: dict[str, Any] = {}
@@ -236,7 +216,5 @@ def _begin(folder: Path, record: dict[str, Any], resume: bool) -> None:
                 f"output_dir {str(folder)!r} holds another distillation ({other[0]} {found.get(other[0])!r}, here "
                 f"{record[other[0]]!r}); name another folder, or begin anew with resume=False"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with replaced(path) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

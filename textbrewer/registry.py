@@ -138,7 +138,8 @@ def name_of(spec: Any) -> Any:
 _GIVEN = {"mask", "labels", "progress", "temperature"}
 
 
-def own_constants(function: Callable[..., Any]) -> list[str] | None:
+@functools.lru_cache(maxsize=256)
+def own_constants(function: Callable[..., Any]) -> tuple[str, ...] | None:
     """Return the names of a loss's own constants: its keyword parameters that no distiller gives.
 
     ``None`` for a function that takes any keyword, or whose signature cannot be read.
@@ -149,11 +150,11 @@ def own_constants(function: Callable[..., Any]) -> list[str] | None:
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return [
+    return tuple(
         parameter.name
         for parameter in parameters
         if parameter.default is not parameter.empty and parameter.name not in _GIVEN
-    ]
+    )
 
 
 KD_LOSS_MAP = Registry("KD loss")

@@ -15,8 +15,8 @@ from torch import nn
 import textbrewer
 from tests.compression.families import NINE, gradients, with_labels
 from tests.students.models import HIDDEN, LAYERS, MODELS, UNITS, batch_for, make, outputs_of, same
-from textbrewer import compression
-from textbrewer.compression import Masked, Prune, factorize_, files
+from textbrewer import compression, files
+from textbrewer.compression import Masked, Prune, factorize_
 
 ROOT = Path(__file__).parents[2]
 UNEVEN = Prune(heads=0.4, ffn=0.6, layers=1, scope="global", score="random", seed=2)

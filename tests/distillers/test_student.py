@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 from tests.conftest import Encoder, adaptor, make_loader
 from textbrewer import CustomMatch, IntermediateMatch
-from textbrewer.distillers.student import StudentModule, call
+from textbrewer.distillers.student import StudentModule
+from textbrewer.hooks.forward import call
 from textbrewer.matching import plan_matches
 
 

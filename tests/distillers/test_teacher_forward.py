@@ -11,8 +11,10 @@ from tests.distillers.setups import Setup, batches, make_student, weights
 from textbrewer import CustomMatch
 from textbrewer.adaptors import Views
 from textbrewer.distillers.base import BaseDistiller
-from textbrewer.distillers.teacher_forward import Needs, TeacherForward, find_stack
+from textbrewer.distillers.needs import Needs
+from textbrewer.distillers.teacher_forward import TeacherForward
 from textbrewer.engine import Runtime
+from textbrewer.hooks.stacks import find_stack
 
 BLOCKS, WIDTH = 6, 5
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from textbrewer.layouts.inner import is_transposed
+
 __all__ = ["Chosen", "LowRankLinear", "choose_maps", "is_linear_map", "matrix_of", "shared_parameters"]
 
 # What models without a transformers config call the linear map that makes their predictions.
@@ -109,20 +111,14 @@ class Chosen(NamedTuple):
 
 def is_linear_map(module: nn.Module) -> bool:
     """Return whether a module is a linear map that is called: ``nn.Linear`` itself, or transformers' ``Conv1D``."""
-    return type(module) is nn.Linear or _is_conv1d(module)
+    return type(module) is nn.Linear or is_transposed(module)
 
 
 def matrix_of(module: nn.Module) -> Tensor:
     """Return the matrix of a linear map as ``(outputs, inputs)``, a view of its parameter without gradient."""
     weight: Any = module.weight
-    matrix: Tensor = weight.detach().T if _is_conv1d(module) else weight.detach()
+    matrix: Tensor = weight.detach().T if is_transposed(module) else weight.detach()
     return matrix
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # By name, as transformers is not imported for it. It keeps its matrix as (inputs, outputs).
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
 
 
 def choose_maps(

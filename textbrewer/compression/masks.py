@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from textbrewer import checks
-from textbrewer.compression.files import replaced
 from textbrewer.compression.sites import Layout
+from textbrewer.files import replaced
 
 __all__ = ["Masks", "check_masks"]
 

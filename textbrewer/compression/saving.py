@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from textbrewer import checks
-from textbrewer.compression.files import replaced
 from textbrewer.compression.gates import has_gates
 from textbrewer.compression.low_rank_manifest import low_rank_manifest
 from textbrewer.compression.sites import find_layout
+from textbrewer.files import replaced
 
 __all__ = ["CONFIG_FILE", "FORMAT", "GENERATION_FILE", "MANIFEST_FILE", "TENSORS_FILE", "VERSION", "save"]
 

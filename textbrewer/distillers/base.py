@@ -18,7 +18,6 @@ from textbrewer.distillers.batch_parts import TaskBatch
 from textbrewer.distillers.cached_run import CachedRun
 from textbrewer.distillers.cached_teacher import Prepared
 from textbrewer.distillers.compiling import compiled, refuse
-from textbrewer.distillers.frozen import Modes, modes_of, set_modes
 from textbrewer.distillers.hearing import Said, heard
 from textbrewer.distillers.inner_features import asked_of_student, listening_inside
 from textbrewer.distillers.lessons import build_projections, configured_widths, make_lessons
@@ -27,6 +26,7 @@ from textbrewer.distillers.stacking import Stacking, make_stacking
 from textbrewer.distillers.student import StudentModule
 from textbrewer.distillers.teachers import Teachers, check_models
 from textbrewer.hooks import resolve
+from textbrewer.hooks.forward import Modes, modes_of, set_modes
 from textbrewer.matching import CustomMatch
 from textbrewer.teacher_cache import TeacherCache
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from textbrewer.adaptors import Adaptor, Views
+from textbrewer.adaptors import Adaptor, Views, one_each
 from textbrewer.configurations import DistillationConfig, TrainingConfig
 from textbrewer.distillers import terms
 from textbrewer.distillers.base import Results
@@ -64,19 +64,12 @@ class MultiTeacherDistiller(SingleTaskDistiller):
     ) -> None:
         if not isinstance(model_T, (list, tuple, nn.ModuleList)) or len(model_T) == 0:
             raise TypeError(f"model_T must be a list of teachers, got {type(model_T).__name__}")
-        adaptors_T: list[Adaptor | str]
-        if isinstance(adaptor_T, Sequence) and not isinstance(adaptor_T, str):
-            adaptors_T = list(adaptor_T)
-        else:
-            adaptors_T = [adaptor_T] * len(model_T)
-        if len(adaptors_T) != len(model_T):
-            raise ValueError(f"adaptor_T must be one adaptor, or one a teacher ({len(model_T)}), got {len(adaptors_T)}")
         super().__init__(
             train_config,
             distill_config,
             {"": model_T},
             model_S,
-            {"": adaptors_T},
+            {"": one_each(adaptor_T, len(model_T), "adaptor_T", "teacher")},
             {"": adaptor_S},
             teacher_cache=teacher_cache,
         )

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from textbrewer import adaptors, checks
-from textbrewer.adaptors import Adaptor, Views
+from textbrewer import checks
+from textbrewer.adaptors import Adaptor, Views, normalise, one_each, resolve
 from textbrewer.configurations import DistillationConfig, TrainingConfig
 from textbrewer.distillers import first_step, terms
 from textbrewer.distillers.knowledge import make_knowledge
-from textbrewer.distillers.student import call
 from textbrewer.distillers.trainer import BasicTrainer
 from textbrewer.engine import Runtime, StepPlan
+from textbrewer.hooks.forward import call
 
 
 class Cohort(nn.Module):
@@ -48,7 +48,7 @@ class CohortModule(nn.Module):
         """Return the views of each student as plain dicts."""
         views = []
         for model, adaptor in zip(self.student.models, self._adaptors, strict=True):
-            views.append(adaptors.normalise(adaptor(batch, call(model, batch, arguments)), "adaptor"))
+            views.append(normalise(adaptor(batch, call(model, batch, arguments)), "adaptor"))
         return {"views": views}
 
 
@@ -96,7 +96,8 @@ class MutualDistiller(BasicTrainer):
             if value:
                 raise ValueError(f"{name} is not for mutual learning, whose students all change at every step")
         self.cohort = Cohort(list(models))
-        self.adaptors = _one_each(adaptors, len(models))
+        given = one_each(adaptors, len(models), "adaptors", "student")
+        self.adaptors = [resolve(item, "adaptors") for item in given]
         self.d_config = dataclasses.replace(distill_config)
         super().__init__(train_config, self.cohort, self.adaptors[0])
 
@@ -149,15 +150,3 @@ class MutualStep:
     def _as_target(self, views: Views) -> Views:
         entries = {**views, "logits": [logits.detach() for logits in views["logits"]]}
         return Views(entries)
-
-
-def _one_each(given: Adaptor | str | Sequence[Adaptor | str], count: int) -> list[Adaptor]:
-    """Return an adaptor for each student.
-
-    Raises:
-        ValueError: if there are not as many as students.
-    """
-    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * count
-    if len(several) != count:
-        raise ValueError(f"adaptors must be one adaptor, or one a student ({count}), got {len(several)}")
-    return [adaptors.resolve(item, "adaptors") for item in several]

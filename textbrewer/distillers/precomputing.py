@@ -15,9 +15,9 @@ from textbrewer.distillers import training
 from textbrewer.distillers.batch_parts import split
 from textbrewer.distillers.cached_run import Asked, matches_of, open_teacher, rows_in
 from textbrewer.distillers.cached_teacher import CachedTeacher
-from textbrewer.distillers.frozen import evaluating
 from textbrewer.distillers.needs import needs_of
 from textbrewer.distillers.teachers import Teachers
+from textbrewer.hooks.forward import evaluating
 from textbrewer.matching import plan_matches
 from textbrewer.teacher_cache import CacheError, CacheInfo, Contents, TeacherCache
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from textbrewer.distillers.teacher_forward import Place, places_of
+from textbrewer.hooks.stacks import Place, places_of
 
 _REMEDY = "use teacher_precision='bf16'"
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from textbrewer.adaptors import Adaptor, normalise
 from textbrewer.distillers.replacement import Mixture, Rate, draw
-from textbrewer.distillers.student import call
 from textbrewer.distillers.trainer import SupervisedStep
+from textbrewer.hooks.forward import call
 
 __all__ = ["TheseusModule", "TheseusStep"]
 

@@ -19,9 +19,9 @@ from textbrewer.distillers.base import BaseDistiller
 from textbrewer.distillers.batch_parts import inner, split
 from textbrewer.distillers.cached_run import CachedRun
 from textbrewer.distillers.caching import CachedBatches, Remembered
-from textbrewer.distillers.frozen import evaluating, frozen
-from textbrewer.distillers.student import call
+from textbrewer.distillers.frozen import frozen
 from textbrewer.engine import LoaderBatches, size_of
+from textbrewer.hooks.forward import call, evaluating
 from textbrewer.registry import name_of
 
 PostProcessor = Callable[[Any], Any]

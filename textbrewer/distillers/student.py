@@ -12,7 +12,7 @@ from textbrewer.hooks.forward import call
 from textbrewer.matching import CustomMatch, PlannedMatch, select
 from textbrewer.matching.custom import recording
 
-__all__ = ["StudentModule", "call"]
+__all__ = ["StudentModule"]
 
 
 class StudentModule(nn.Module):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from textbrewer.adaptors import FEATURES, Views
 from textbrewer.distillers.needs import Needs
 from textbrewer.engine import rng_kept
-from textbrewer.hooks.stacks import Place, Stack, find_stack, places_of
+from textbrewer.hooks.stacks import find_stack
 from textbrewer.teacher_cache.contents import resolved
 
-__all__ = ["Needs", "Place", "Stack", "TeacherForward", "find_stack", "places_of"]
+__all__ = ["TeacherForward"]
 
 logger = logging.getLogger("textbrewer")
 

@@ -19,11 +19,12 @@ from textbrewer.distillers.caching import Remembered, kept
 from textbrewer.distillers.compiling import compiled, paused
 from textbrewer.distillers.hearing import Said
 from textbrewer.distillers.inner_features import asked_of_teachers, listening_inside
+from textbrewer.distillers.needs import Needs
 from textbrewer.distillers.placement import Placement, moved
 from textbrewer.distillers.quantized import Int8Layers
-from textbrewer.distillers.student import call
-from textbrewer.distillers.teacher_forward import Needs, TeacherForward
+from textbrewer.distillers.teacher_forward import TeacherForward
 from textbrewer.engine import Runtime
+from textbrewer.hooks.forward import call
 from textbrewer.matching import PlannedMatch
 from textbrewer.matching.custom import recording
 from textbrewer.teacher_cache import Contents, Found

@@ -14,12 +14,13 @@ from torch import nn
 from textbrewer import checks
 from textbrewer.adaptors import Adaptor
 from textbrewer.configurations import TrainingConfig
-from textbrewer.distillers.frozen import frozen, modes_of, set_modes
+from textbrewer.distillers.frozen import frozen, untrained
 from textbrewer.distillers.replaced_forward import TheseusModule, TheseusStep
 from textbrewer.distillers.replacement import Rate
 from textbrewer.distillers.successor import make_successor
 from textbrewer.distillers.trainer import BasicTrainer, SupervisedStep
 from textbrewer.engine import Runtime, StepPlan
+from textbrewer.hooks.forward import modes_of, set_modes
 
 __all__ = ["TheseusDistiller"]
 
@@ -192,18 +193,15 @@ class TheseusDistiller(BasicTrainer):
             yield
             return
         inside = {id(parameter) for parameter in self.mixture.stack.blocks.parameters()}
-        held = [item for item in self.successor.parameters() if id(item) not in inside and item.requires_grad]
+        held = [item for item in self.successor.parameters() if id(item) not in inside]
         modules = {id(module) for module in self.mixture.stack.blocks.modules()}
         still = _with_statistics(module for module in self.successor.modules() if id(module) not in modules)
         # At each pass, as the model is put in training mode again after each callback.
         hook = self.successor.register_forward_pre_hook(lambda *call: _stay(still)) if still else None
-        for parameter in held:
-            parameter.requires_grad_(False)
         try:
-            yield
+            with untrained(held):
+                yield
         finally:
-            for parameter in held:
-                parameter.requires_grad_(True)
             if hook is not None:
                 hook.remove()
 

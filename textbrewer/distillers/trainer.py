@@ -16,8 +16,8 @@ from textbrewer.adaptors import Adaptor
 from textbrewer.configurations import TrainingConfig
 from textbrewer.distillers import first_step, terms, training, weighting
 from textbrewer.distillers.compiling import compiled
-from textbrewer.distillers.frozen import Modes, modes_of, set_modes
 from textbrewer.distillers.student import StudentModule
+from textbrewer.hooks.forward import Modes, modes_of, set_modes
 
 
 class BasicTrainer:

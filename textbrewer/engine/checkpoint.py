@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from textbrewer.files import replaced
+
 FORMAT = "textbrewer-checkpoint"
 VERSION = 1
 STATE_FILE = "state.json"
@@ -58,12 +60,8 @@ def check_writable(folder: Path) -> None:
 
 def save_atomically(content: Any, path: Path) -> None:
     """``torch.save`` under a temporary name, flushed to disk and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
+    with replaced(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def plain_state(student: nn.Module) -> dict[str, Tensor]:

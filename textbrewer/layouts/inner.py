@@ -54,8 +54,10 @@ def module_of(block: nn.Module, path: str) -> nn.Module | None:
 
 
 def is_transposed(module: nn.Module | None) -> bool:
-    """Return whether a linear module keeps its weight as ``(inputs, outputs)``, as GPT-2's do."""
-    return type(module).__name__ == "Conv1D"
+    """Return whether a module is transformers' ``Conv1D``, a linear map with its weight as ``(inputs, outputs)``."""
+    # By name, as transformers is not imported for it.
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
 
 
 def features_in(module: nn.Module) -> int:

@@ -96,10 +96,10 @@ def width_of(model: nn.Module, who: str, recipe: str) -> int:
     )
 
 
-def projection(teacher: nn.Module, student: nn.Module, recipe: str, always: bool = False) -> str | None:
+def projection(teacher: nn.Module, student: nn.Module, recipe: str) -> str | None:
     """Return the projection of the student's hidden states that a recipe needs: ``None`` where the widths are equal."""
     same = width_of(teacher, "teacher", recipe) == width_of(student, "student", recipe)
-    return None if same and not always else "linear"
+    return None if same else "linear"
 
 
 def heads_of(model: nn.Module, who: str, recipe: str) -> int:
