@@ -14,7 +14,10 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 LEVELS = (
     {"names"},
     {"registry", "checks", "files"},
-    {"losses", "schedulers", "projections", "adaptors", "hooks", "layouts", "collators", "data_utils", "utils"},
+    {
+        *("losses", "schedulers", "projections", "adaptors", "hooks", "layouts"),
+        *("callbacks", "collators", "data_utils", "utils"),
+    },
     {"configurations", "presets"},
     {"matching", "students", "teacher_cache", "engine", "compression", "report"},
     {"distillers", "recipes"},

@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tests.conftest import Encoder, adaptor, make_config, make_loader
 from tests.engine.runs import PROJECTED, Run, checkpoints, distil, equal, weights
+from tests.engine.test_step_callbacks import Watcher, train
 from textbrewer import BasicTrainer, GeneralDistiller
 from textbrewer.engine import NonFiniteError, Runtime, loop
 from textbrewer.engine.tracking import Tracker
@@ -279,6 +280,9 @@ def test_a_bad_loss_is_in_the_log(tmp_path):
 # Gradient scaling for fp16, here on the CPU and with an overflow made by the scale alone
 
 
+UNSCALED = Runtime.__init__
+
+
 @pytest.fixture
 def scaled(monkeypatch):
     """Give every runtime a gradient scaler, as precision='fp16' does on a GPU, but no half precision."""
@@ -411,3 +415,20 @@ def test_an_infinite_loss_that_stays_ends_the_training(scaled, tmp_path):
     assert torch.equal(
         torch.cat([parameter.detach().flatten() for parameter in student.parameters()]), step_of_nothing()
     )
+
+
+def test_step_callbacks_see_unscaled_gradients_and_no_overflow(scaled, tmp_path):
+    """The first step overflows and is left out; the second's gradients are as without scaling, clipped or not."""
+
+    def large(batch, outputs):
+        return {"losses": 1000 * outputs["loss"]}
+
+    plain, watcher = Watcher(), Watcher()
+    with pytest.warns(UserWarning, match="gradients overflowed"):
+        train(tmp_path / "scaled", [watcher], {"num_steps": 2}, rows=4, max_grad_norm=1.0, read=large)
+    assert [call for call in watcher.calls if call[0] == "backward"] == [("backward", 1)]
+    scaled.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "__init__", UNSCALED)
+        train(tmp_path / "plain", [plain], {"num_steps": 1}, rows=4, read=large)
+    assert torch.allclose(watcher.seen[0], plain.seen[0], rtol=1e-5, atol=1e-8)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.adaptors import Adaptor, Views
+from textbrewer.callbacks import StepCallback
 from textbrewer.configurations import DistillationConfig, TrainingConfig
 from textbrewer.distillers import running
 from textbrewer.distillers.base import BaseDistiller
@@ -92,6 +93,7 @@ class MultiTaskDistiller(BaseDistiller):
         callback: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
         batch_postprocessors: Mapping[str, Callable[[Any], Any]] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
+        step_callbacks: Sequence[StepCallback] = (),
         **args: Any,
     ) -> None:
         """Train the student; see :meth:`GeneralDistiller.train` for what is not named here.
@@ -113,6 +115,7 @@ class MultiTaskDistiller(BaseDistiller):
                 as ``<task>/<name>``, and printed.
             batch_postprocessors: ``{task: function}``; tasks may be missing.
             resume_from: a checkpoint's folder, or ``"latest"``.
+            step_callbacks: take part in every optimiser step.
             **args: further arguments of all models.
 
         Raises:
@@ -134,6 +137,7 @@ class MultiTaskDistiller(BaseDistiller):
             self._callback(callback),
             resume_from,
             args,
+            step_callbacks,
         )
 
         def make_source(sources: Mapping[str, LoaderBatches]) -> Source:

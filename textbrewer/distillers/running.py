@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from textbrewer import adaptors, engine
 from textbrewer.adaptors import Views
+from textbrewer.callbacks import StepCallback
 from textbrewer.distillers import first_step, training, weighting
 from textbrewer.distillers.base import BaseDistiller
 from textbrewer.distillers.batch_parts import inner, split
@@ -57,6 +58,7 @@ class Arguments:
     callback: Callable[..., Any] | None
     resume_from: str | os.PathLike[str] | None
     model_args: dict[str, Any]
+    step_callbacks: Sequence[StepCallback] = ()
 
 
 def train(distiller: BaseDistiller, arguments: Arguments, data: Data) -> None:
@@ -76,6 +78,7 @@ def train(distiller: BaseDistiller, arguments: Arguments, data: Data) -> None:
         arguments.max_grad_norm,
         arguments.callback,
         arguments.resume_from,
+        arguments.step_callbacks,
     )
     sizes = [size_of(loader) for loader in data.loaders.values()]
     engine.plan_steps(config, arguments.num_epochs, arguments.num_steps, sizes)
@@ -145,6 +148,7 @@ def _run(distiller: BaseDistiller, runtime: engine.Runtime, arguments: Arguments
         callback=arguments.callback,
         shares=(lambda batches: _shares(distiller, runtime, batches)) if exact else None,
         settings={**config.to_dict(), "temperature": distiller.d_config.temperature},
+        step_callbacks=arguments.step_callbacks,
     )
     try:
         engine.run(job, config, runtime, plan, arguments.resume_from)

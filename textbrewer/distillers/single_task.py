@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from textbrewer.callbacks import StepCallback
 from textbrewer.distillers import running
 from textbrewer.distillers.base import BaseDistiller
 from textbrewer.engine import Source
@@ -29,6 +30,7 @@ class SingleTaskDistiller(BaseDistiller):
         callback: Callable[..., Any] | None = None,
         batch_postprocessor: Callable[[Any], Any] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
+        step_callbacks: Sequence[StepCallback] = (),
         **args: Any,
     ) -> None:
         """Train the student.
@@ -50,6 +52,8 @@ class SingleTaskDistiller(BaseDistiller):
             batch_postprocessor: applied to each batch.
             resume_from: a folder ``checkpoint-<step>``, or ``"latest"``: the newest in the output folder, if there is
                 one. Training goes on as if it had never stopped.
+            step_callbacks: take part in every optimiser step, as pruning while training does; see
+                :class:`~textbrewer.callbacks.StepCallback`.
             **args: further arguments of both models.
 
         Raises:
@@ -68,6 +72,7 @@ class SingleTaskDistiller(BaseDistiller):
             callback,
             resume_from,
             args,
+            step_callbacks,
         )
         postprocessors = {"": self._postprocessor(batch_postprocessor)}
         data = running.Data({"": dataloader}, postprocessors, lambda sources: self._source(sources[""]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from textbrewer import adaptors, checks, engine
 from textbrewer.adaptors import Adaptor
+from textbrewer.callbacks import StepCallback
 from textbrewer.configurations import TrainingConfig
 from textbrewer.distillers import first_step, terms, training, weighting
 from textbrewer.distillers.compiling import compiled
@@ -62,6 +63,7 @@ class BasicTrainer:
         callback: Callable[..., Any] | None = None,
         batch_postprocessor: Callable[[Any], Any] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
+        step_callbacks: Sequence[StepCallback] = (),
         **args: Any,
     ) -> None:
         """Train the model; the arguments are those of :meth:`GeneralDistiller.train`.
@@ -72,7 +74,8 @@ class BasicTrainer:
         """
         self._check_config()
         training.check_loader(dataloader, "dataloader")
-        training.check_arguments(optimizer, self.model, self.t_config.output_dir, max_grad_norm, callback, resume_from)
+        folder = self.t_config.output_dir
+        training.check_arguments(optimizer, self.model, folder, max_grad_norm, callback, resume_from, step_callbacks)
         engine.plan_steps(self.t_config, num_epochs, num_steps, [engine.size_of(dataloader)])
         modes: AbstractContextManager[Any] = self if self._modes_before is None else nullcontext()
         models = [self.model] if self.t_config.compile else []
@@ -93,6 +96,7 @@ class BasicTrainer:
                 callback=callback,
                 shares=(lambda batches: weighting.shares(batches, runtime, self.count_positions)) if exact else None,
                 settings=self.t_config.to_dict(),
+                step_callbacks=step_callbacks,
             )
             engine.run(job, self.t_config, runtime, plan, resume_from)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from textbrewer import checks
+from textbrewer.callbacks import StepCallback
 from textbrewer.engine.checkpoint import check_writable
 
 ParameterGroup = tuple[nn.Module, dict[str, Any]]
@@ -24,6 +25,7 @@ def check_arguments(
     max_grad_norm: float,
     callback: Callable[..., Any] | None,
     resume_from: str | os.PathLike[str] | None,
+    step_callbacks: Sequence[StepCallback] = (),
 ) -> None:
     """Raise for arguments of ``train()`` that cannot work, before anything is done.
 
@@ -37,6 +39,9 @@ def check_arguments(
         raise TypeError(f"callback must be a function (model=..., step=...), got {callback!r}")
     if resume_from is not None:
         checks.is_a(resume_from, (str, os.PathLike), "resume_from", "'latest' or a checkpoint's folder")
+    checks.is_a(step_callbacks, (list, tuple), "step_callbacks", "a list of StepCallback")
+    for number, item in enumerate(step_callbacks):
+        checks.is_a(item, StepCallback, f"step_callbacks[{number}]", "a textbrewer.callbacks.StepCallback")
     trainable = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     if not trainable:
         raise ValueError("the student must have parameters with requires_grad=True, all of them are frozen")

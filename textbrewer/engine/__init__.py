@@ -2,8 +2,9 @@
 
 from textbrewer.engine.batches import LoaderBatches, Source, TaskBatches
 from textbrewer.engine.checkpoint import find_checkpoint
+from textbrewer.engine.job import Job, Step
 from textbrewer.engine.loaders import first_batch, generators_of, size_of
-from textbrewer.engine.loop import Job, Step, run
+from textbrewer.engine.loop import run
 from textbrewer.engine.prefetch import PreparedBatches
 from textbrewer.engine.rng import kept as rng_kept
 from textbrewer.engine.runtime import Runtime

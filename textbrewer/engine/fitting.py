@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import nn
 
 from textbrewer.engine import checkpoint
 
+if TYPE_CHECKING:
+    from textbrewer.engine.job import Job
+
+STEP_CALLBACKS = "step_callbacks"
+"""The key of their states in a checkpoint."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -49,18 +54,18 @@ def _difference(stored: Shapes, model: nn.Module) -> str | None:
     return None
 
 
-def check_training(path: Path, training: Mapping[str, Any], optimizer: Any, scheduler: Any) -> None:
-    """Check that a checkpoint's optimiser and schedule are those of this run.
+def check_training(path: Path, training: Mapping[str, Any], job: Job) -> None:
+    """Check that a checkpoint's optimiser, schedule and step callbacks are those of this run.
 
     Args:
         path: the checkpoint.
-        training: what its file for optimiser and schedule holds.
-        optimizer: this run's.
-        scheduler: this run's, or ``None``.
+        training: what its file for them holds.
+        job: this run's.
 
     Raises:
         ValueError: if they are others.
     """
+    optimizer = job.optimizer
     written, own = training["optimizer_class"], class_name(optimizer)
     if written != own:
         raise ValueError(f"the checkpoint {str(path)!r} is of another optimizer: {written}, not {own}")
@@ -73,11 +78,18 @@ def check_training(path: Path, training: Mapping[str, Any], optimizer: Any, sche
             f"the checkpoint {str(path)!r} is of another optimizer (other parameter groups): it has groups of "
             f"{sizes[0]} parameters, this one of {sizes[1]}"
         )
-    if (scheduler is None) != (training["scheduler"] is None):
+    if (job.scheduler is None) != (training["scheduler"] is None):
         has = "has no" if training["scheduler"] is None else "has a"
         raise ValueError(f"the checkpoint {str(path)!r} {has} learning-rate schedule; resume with the same")
+    theirs = [entry["class"] for entry in training.get(STEP_CALLBACKS, [])]
+    mine = [class_name(callback) for callback in job.step_callbacks]
+    if theirs != mine:
+        raise ValueError(
+            f"the checkpoint {str(path)!r} was written with step_callbacks {theirs} and must be resumed with as many "
+            f"of the same kinds, got {mine}"
+        )
 
 
-def class_name(optimizer: Any) -> str:
-    """Return the name of an optimiser's class."""
-    return type(optimizer).__name__
+def class_name(thing: Any) -> str:
+    """Return the name of an optimiser's or a callback's class."""
+    return type(thing).__name__

@@ -6,8 +6,6 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from textbrewer.configurations import TrainingConfig
-from textbrewer.engine.batches import Source
 from textbrewer.engine.interrupts import Interruption, caught
+from textbrewer.engine.job import Job
 from textbrewer.engine.runtime import Runtime
-from textbrewer.engine.saving import Saver
+from textbrewer.engine.saving import Resumed, Saver
 from textbrewer.engine.step_plan import StepPlan
+from textbrewer.engine.taking_part import StepCallbacks
 from textbrewer.engine.tracking import NonFiniteError, Tracker
 
 # So many steps skipped in a row are no matter of the scale of fp16: it was halved each time.
 MOST_SKIPPED = 50
-
-Logs = dict[str, Tensor]
-Step = Callable[[nn.Module, Any, float, Any], tuple[Tensor, Logs]]
-
-
-@dataclass
-class Job:
-    """What to train, on what, and how a batch becomes a loss.
-
-    Args:
-        module: what is trained and checkpointed, the student with its projections.
-        student: the part of it that ``gs{step}.pkl`` holds and the callback gets.
-        optimizer: over the module's parameters.
-        source: the batches.
-        step: ``step(module, batch, progress, share) -> (loss, logs)``: one forward pass. ``progress`` runs from 0 to
-            1; ``share`` is this batch's entry of ``shares``, or ``None``.
-        scheduler: learning-rate schedule, stepped after each optimiser step.
-        teachers: further models, for precisions that must know them.
-        max_grad_norm: gradients are clipped to this norm over the whole module; not positive: not clipped.
-        callback: ``callback(model=student, step=global_step)`` after each checkpoint.
-        shares: for a window's batches, how much each counts for each kind of average; ``None``: all alike.
-        settings: for trackers.
-    """
-
-    module: nn.Module
-    student: nn.Module
-    optimizer: torch.optim.Optimizer
-    source: Source
-    step: Step
-    scheduler: Any = None
-    teachers: Sequence[nn.Module] = ()
-    max_grad_norm: float = -1.0
-    callback: Callable[..., Any] | None = None
-    shares: Callable[[list[Any]], Sequence[Any]] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -97,6 +61,7 @@ class _Loop:
         self.optimizer: Any = job.optimizer
         self.parameters: list[nn.Parameter] = []
         self.not_held: list[nn.Parameter] = []
+        self.step_callbacks = StepCallbacks(job.step_callbacks)
         self.tracker: Tracker
 
     def run(self, resume_from: str | os.PathLike[str] | None) -> int:
@@ -106,17 +71,18 @@ class _Loop:
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         self.not_held = [parameter for parameter in self.parameters if id(parameter) not in held]
         self._clear_gradients()
+        with self.step_callbacks.taking_part(self.job, self.runtime, self.optimizer, self.plan.total_steps):
+            self._train(resumed)
+        return self.global_step
+
+    def _train(self, resumed: Resumed | None) -> None:
         callback_due = False
         if resumed is not None:
             self.global_step = self.saved_step = resumed.global_step
-            callback_due = self.saver.restore(self.optimizer, self.job.scheduler, self.job.source)
+            callback_due = self.saver.restore(self.optimizer, self.job)
+        records = resumed.records if resumed else 0
         self.tracker = Tracker(
-            self.config,
-            self.runtime,
-            self.plan.total_steps,
-            self.global_step,
-            resumed.records if resumed else 0,
-            self.job.settings,
+            self.config, self.runtime, self.plan.total_steps, self.global_step, records, self.job.settings
         )
         try:
             if resumed is not None:
@@ -130,7 +96,6 @@ class _Loop:
                 self.tracker.flush()
         finally:
             self.tracker.close()
-        return self.global_step
 
     def _done(self) -> bool:
         if self.plan.num_epochs is not None:
@@ -163,10 +128,14 @@ class _Loop:
                     ended, synced = True, False
                     break
                 batch, ended = item
+                if not batches:
+                    self.step_callbacks.before_step(self.global_step)
                 batches.append(batch)
                 self._micro_batch(batch, ended or len(batches) == self.plan.accumulation, None)
         else:
             batches, ended = self._collect()
+            if batches:
+                self.step_callbacks.before_step(self.global_step)
             for number, (batch, share) in enumerate(zip(batches, self.job.shares(batches), strict=True)):
                 self._micro_batch(batch, number + 1 == len(batches), share)
         if not batches:
@@ -199,7 +168,7 @@ class _Loop:
         runtime = self.runtime
         with runtime.micro_batch(self.module, last):
             loss, logs = self.job.step(self.module, batch, self.plan.progress(self.global_step), share)
-            self.tracker.record(self.global_step + 1, {"total_loss": loss, **logs})
+            self.tracker.record(self.global_step + 1, {"total_loss": loss, **logs, **self.step_callbacks.figures})
             if runtime.reads_are_free and runtime.scaler is None and not math.isfinite(loss.item()):
                 self.tracker.flush()
             runtime.backward(loss if self.plan.accumulation == 1 else loss / self.plan.accumulation, self.optimizer)
@@ -211,6 +180,8 @@ class _Loop:
         if len(batches) < self.plan.accumulation:
             factor = self.plan.accumulation / len(batches)
             torch._foreach_mul_([item.grad for item in self.parameters if item.grad is not None], factor)
+        share = len(batches) / self.plan.accumulation
+        self.step_callbacks.after_backward(self.global_step, self.parameters, share)
         if self.wants_norm:
             norm = self.runtime.gradient_norm(self.parameters, self.optimizer, self.job.max_grad_norm)
             if self.runtime.scaler is None and self.runtime.reads_are_free and not math.isfinite(norm.item()):
@@ -226,6 +197,7 @@ class _Loop:
             )
         elif self.job.scheduler is not None:
             self.job.scheduler.step()
+        self.step_callbacks.after_step(self.global_step)
         self._clear_gradients()
         self.tracker.bar.update(1)
         if self.global_step % self.config.logging_steps == 0:

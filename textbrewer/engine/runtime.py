@@ -47,6 +47,7 @@ class Runtime:
         self.rank: int = self.accelerator.process_index
         self.is_main = self.rank == 0
         self.scaler: Any = self.accelerator.scaler
+        self._unscaled = False
         self.reads_are_free = self.device.type == "cpu"
 
     def __enter__(self) -> Runtime:
@@ -139,28 +140,44 @@ class Runtime:
         """Average gradients over the processes by hand, for a window whose end came unforeseen."""
         if self.world == 1:
             return
+        gradients = []
         for parameter in parameters:
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= self.world
+                gradients.append(parameter.grad)
+        self.average(gradients)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors over the processes, in place."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= self.world
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter], optimizer: Any, limit: float) -> Tensor:
         """Return the norm of the gradients, unscaled, before clipping them to ``limit`` (if that is positive)."""
         if self.apex is not None:
             parameters = list(self.apex.amp.master_params(optimizer))
         elif self.scaler is not None:
-            self.accelerator.unscale_gradients(optimizer)
+            self.unscale(optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
+    def unscale(self, optimizer: Any) -> None:
+        """Take the scale of fp16 off the gradients, if that was not done in this step yet."""
+        if not self._unscaled:
+            self.accelerator.unscale_gradients(optimizer)
+            self._unscaled = True
+
     def step(self, optimizer: Any) -> bool:
         """Update the parameters; return False if gradient scaling skipped that, because gradients overflowed."""
         optimizer.step()
+        self._unscaled = False
         return self.scaler is None or not optimizer.step_was_skipped
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:

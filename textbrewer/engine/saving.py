@@ -15,7 +15,7 @@ from textbrewer.engine.runtime import Runtime
 from textbrewer.engine.step_plan import StepPlan
 
 if TYPE_CHECKING:
-    from textbrewer.engine.loop import Job
+    from textbrewer.engine.job import Job
 
 logger = logging.getLogger("textbrewer")
 
@@ -88,7 +88,7 @@ class Saver:
             )
         fitting.check_model(path, job.module)
         training = checkpoint.read_tensors(path, checkpoint.TRAINING_FILE)
-        fitting.check_training(path, training, job.optimizer, job.scheduler)
+        fitting.check_training(path, training, job)
         after = checkpoint.after_callback_file(self.runtime.rank)
         # If the end came while some of the processes had done the callback, all of them do it again.
         done = not self.runtime.any_rank(not (path / after).exists())
@@ -99,8 +99,12 @@ class Saver:
         self._read = training, own
         return Resumed(path, state)
 
-    def restore(self, optimizer: Any, scheduler: Any, source: Source) -> bool:
-        """Restore optimiser, schedule, scaler, place in the data and random numbers, in this order.
+    def restore(self, optimizer: Any, job: Job) -> bool:
+        """Restore optimiser, schedule, scaler, step callbacks, place in the data and random numbers, in this order.
+
+        Args:
+            optimizer: the job's, as the runtime prepared it.
+            job: what is trained.
 
         Returns:
             Whether the checkpoint's callback was still to be called.
@@ -112,11 +116,13 @@ class Saver:
             raise RuntimeError("restore() needs a checkpoint, opened before")
         (training, own), self._read = self._read, None
         optimizer.load_state_dict(training["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(training["scheduler"])
+        if job.scheduler is not None:
+            job.scheduler.load_state_dict(training["scheduler"])
         if self.runtime.scaler is not None and training["scaler"] is not None:
             self.runtime.scaler.load_state_dict(training["scaler"])
-        source.load_state_dict(own["place"])
+        for callback, state in zip(job.step_callbacks, training.get(fitting.STEP_CALLBACKS, []), strict=True):
+            callback.load_state_dict(state["state"])
+        job.source.load_state_dict(own["place"])
         rng.put(own["rng"])
         return bool(own["callback_due"])
 
@@ -137,6 +143,10 @@ class Saver:
                 "optimizer_class": fitting.class_name(job.optimizer),
                 "scheduler": None if job.scheduler is None else job.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
+                fitting.STEP_CALLBACKS: [
+                    {"class": fitting.class_name(callback), "state": callback.state_dict()}
+                    for callback in job.step_callbacks
+                ],
             }
             state = {
                 "global_step": step,
