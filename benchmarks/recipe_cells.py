@@ -262,6 +262,11 @@ def supervise(work: Work, model: Any) -> Any:
     return model
 
 
+def count(model: Any) -> int | None:
+    """Return how many parameters a model has, ``None`` if it is none."""
+    return None if model is None else sum(parameter.numel() for parameter in model.parameters())
+
+
 class Curve:
     """The callback: scores the model at each epoch's end, and keeps the time that this takes.
 
@@ -309,5 +314,6 @@ def train(method: Method, work: Work) -> tuple[Any, dict[str, Any]]:
         "seconds": round(trained, 2),
         "wall_seconds": round(wall, 2),
         "steps": work.steps,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count(model),
+        "encoder_parameters": count(getattr(getattr(model, "bert", None), "encoder", None)),
     }

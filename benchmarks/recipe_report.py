@@ -50,7 +50,7 @@ stages together too. The last step counts, none is picked.
 training of the sweep's teachers and students for it; the dev and test rows were used for the final figures only.
 Where the best rate was the highest or lowest tried, the next one beyond was tried as well, up to twice. Final
 trainings use all training rows. Methods without a sweep of their own take the rate found for
-"{borrowed}".
+"{borrowed}"; {rates_of}.
 """
 
 
@@ -98,7 +98,9 @@ def introduction() -> str:
         held_out = "" if task.eval_rows is None else f", {task.eval_rows:,} test rows"
         found.append(f"{task.title} ({task.metric}{rows}{held_out}, {task.epochs} epochs, {task.seeds} seeds)")
     titles = {"baseline": METHODS[BASELINE].title, "borrowed": METHODS[recipe_grid.BORROWED].title}
-    return INTRODUCTION.format(tasks="; ".join(found), **titles)
+    others = [(task.title, TASKS[task.rates_of].title) for task in TASKS.values() if task.rates_of is not None]
+    rates_of = "; ".join(f"{mine} takes the rates of {theirs}" for mine, theirs in others)
+    return INTRODUCTION.format(tasks="; ".join(found), rates_of=rates_of, **titles)
 
 
 # ---- numbers

@@ -103,8 +103,9 @@ def train(grid: Grid, cell: Cell) -> str | None:
     if result["teacher_score"] is not None:
         score += f" (teacher {result['teacher_score']:.2f})"
     rate = f"rate {result['rate']:g}, dropout {result['dropout']:g}"
-    speed = f"{result['steps'] / result['seconds']:.1f} steps/s"
-    return f"{time.strftime('%H:%M')} {cell}: {score}, {rate}, {result['seconds']:.0f} s, {speed}"
+    seconds = result["seconds"]
+    speed = f", {result['steps'] / seconds:.1f} steps/s" if seconds else ""  # the ensemble is not trained
+    return f"{time.strftime('%H:%M')} {cell}: {score}, {rate}, {seconds:.0f} s{speed}"
 
 
 def show(grid: Grid, options: argparse.Namespace) -> None:
