@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from textbrewer.compression.sites import Layout, Stack
+from textbrewer.compression.sites import Layout, Stack, towers_of
 
 __all__ = ["Sizes", "follow", "sizes_of"]
 
@@ -31,18 +31,9 @@ Sizes = dict[str, StackSizes]
 def sizes_of(layout: Layout) -> Sizes:
     """Return the sizes of a model's stacks."""
     sizes = {}
-    for stack in layout.stacks:
-        heads = [site for site in layout.of("heads") if site.stack == stack.path and site.inner is not None]
-        units = [site.units for site in layout.of("ffn") if site.stack == stack.path]
-        first = heads[0]
-        features = first.inner.features if first.inner is not None else 0
-        sizes[stack.path] = StackSizes(
-            len(stack.blocks),
-            max(site.units * site.per_unit for site in heads),
-            max(site.units for site in heads),
-            max(units),
-            features // (first.units * first.per_unit),
-        )
+    for stack, tower in zip(layout.stacks, towers_of(layout), strict=True):
+        groups = max(site.units for site in layout.of("heads") if site.stack == stack.path)
+        sizes[stack.path] = StackSizes(len(stack.blocks), tower.heads, groups, tower.units, tower.head_width)
     return sizes
 
 

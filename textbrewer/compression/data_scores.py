@@ -13,11 +13,13 @@ from tqdm.auto import tqdm
 from textbrewer import adaptors
 from textbrewer.adaptors import Adaptor
 from textbrewer.compression.gates import close, layer_input, open_gates
-from textbrewer.compression.sites import Site
+from textbrewer.compression.hidden_gates import open_reading
+from textbrewer.compression.sites import HIDDEN, Site
 from textbrewer.hooks import first_tensor
 from textbrewer.hooks.forward import call, device_of, evaluating, on_device, real_positions
+from textbrewer.layouts.residual import Residual
 
-__all__ = ["DATA_SCORES", "activity_scores", "taylor_scores"]
+__all__ = ["DATA_SCORES", "activity_scores", "batches_on", "loss_of", "taylor_scores"]
 
 Scores = dict[str, Tensor]
 
@@ -30,9 +32,10 @@ def taylor_scores(
     .. math::
         s_u = \sum_b \Big( \frac{\partial L_b}{\partial z_u} z_u \Big)^2, \qquad z_u = 1
 
-    over batches :math:`b`, with :math:`z_u` a factor on what the unit gives: for a feed-forward unit and a head the sum
-    of :math:`g_w w` over the weights that read it, so that their first-order terms may cancel before they are squared.
-    Units that several layers must share have one factor for all of them.
+    over batches :math:`b`, with :math:`z_u` a factor on what the unit gives: for a feed-forward unit, a head and a
+    hidden feature the sum of :math:`g_w w` over the weights that read it (a hidden feature is read by all linear maps
+    that the residual stream goes into), so that their first-order terms may cancel before they are squared. Units that
+    several layers must share have one factor for all of them.
 
     Args:
         model: run in eval mode; its modes are put back, and its gradients are left alone.
@@ -50,11 +53,14 @@ def taylor_scores(
     read = adaptors.resolve(adaptor, "adaptor")
     factors = {site.name: torch.ones(site.units, requires_grad=True) for site in sites}
     scores = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
-    handles = open_gates(model, sites, factors)
+    handles = open_gates(model, [site for site in sites if site.kind != HIDDEN], factors)
+    for site in sites:
+        if isinstance(site.inner, Residual):
+            handles += open_reading(model, site.inner, factors[site.name])
     try:
         with evaluating(model), torch.enable_grad():
-            for batch in _batches(dataloader, device_of(model)):
-                loss = _loss(read(batch, call(model, batch, {})))
+            for batch in batches_on(dataloader, device_of(model)):
+                loss = loss_of(read(batch, call(model, batch, {})))
                 gradients = torch.autograd.grad(loss, list(factors.values()), allow_unused=True)
                 for name, gradient in zip(factors, gradients, strict=True):
                     if gradient is not None:
@@ -70,7 +76,8 @@ def activity_scores(
     r"""Return the mean of a measure of each unit's activations over all real positions, ``(units,)`` by site.
 
     A head's or unit's activations are what it gives to the module that reads it, a layer's what it changes of the
-    hidden states; the mean is over positions that are no padding, and over a head's features.
+    hidden states, a hidden feature's its place in the hidden states that layers return; the mean is over positions that
+    are no padding, and over a head's features.
 
     Args:
         model: run in eval mode and without gradients; its modes are put back.
@@ -86,7 +93,7 @@ def activity_scores(
         open_contexts.enter_context(evaluating(model))
         for meter in meters:
             meter.attach(model, open_contexts)
-        for batch in _batches(dataloader, device_of(model)):
+        for batch in batches_on(dataloader, device_of(model)):
             for meter in meters:
                 meter.batch = batch
             call(model, batch, {})
@@ -112,13 +119,15 @@ def nonzero_share(
     It tells units apart behind a ReLU; a GELU's activations are hardly ever zero.
 
     Raises:
-        ValueError: if layers are to be scored, whose changes of the hidden states are never zero.
+        ValueError: if layers or hidden features are to be scored, whose activations are never zero.
 
     Reference:
         Hu et al., "Network Trimming", 2016, arXiv:1607.03250, equation 1.
     """
     if any(site.kind == "layers" for site in sites):
         raise ValueError('score must not be "apoz" for whole layers, whose outputs are never zero; use "taylor"')
+    if any(site.kind == HIDDEN for site in sites):
+        raise ValueError('score must not be "apoz" for hidden features, which are hardly ever zero; use "taylor"')
     return activity_scores(model, sites, dataloader, lambda values: (values != 0).to(values.dtype))
 
 
@@ -138,11 +147,16 @@ class _Meter:
         self.batch: Any = None
         self.sums = torch.zeros(site.units, dtype=torch.float64)
         self.counts = torch.zeros(site.units, dtype=torch.float64)
-        two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.decoder = two_sided and "decoder" in site.stack.split(".")
+        self.two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.decoder = self.two_sided and "decoder" in site.stack.split(".")
 
     def attach(self, model: nn.Module, open_contexts: ExitStack) -> None:
         """Listen until the contexts are closed."""
+        if isinstance(self.site.inner, Residual):
+            for name in self.site.inner.layers:
+                handle = model.get_submodule(name).register_forward_hook(self._returned(name))
+                open_contexts.callback(handle.remove)
+            return
         if self.site.inner is not None:
             for name in self.site.inner.readers:
                 handle = model.get_submodule(name).register_forward_pre_hook(self._heard)
@@ -154,7 +168,19 @@ class _Meter:
             open_contexts.callback(handle.remove)
 
     def _heard(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        values = self._real(first_tensor(inputs))
+        self._add(self._real(first_tensor(inputs)))
+
+    def _returned(self, name: str) -> Callable[..., None]:
+        decoder = self.two_sided and "decoder" in name.split(".")
+
+        def listen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            self.decoder = decoder
+            self._add(self._real(first_tensor(output)))
+
+        return listen
+
+    def _add(self, values: Tensor) -> None:
+        """Add activations, ``(positions, features)``."""
         by_unit = self.measure(values.double()).reshape(len(values), self.site.units, -1)
         self.sums += by_unit.mean(2).sum(0).cpu()
         self.counts += len(values)
@@ -173,7 +199,7 @@ class _Meter:
         return states.flatten(0, -2) if mask is None else states[mask]
 
 
-def _batches(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:
+def batches_on(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:
     """Yield the batches on a device.
 
     Raises:
@@ -187,7 +213,12 @@ def _batches(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:
         raise ValueError("dataloader must yield at least one batch to find out what matters, got none")
 
 
-def _loss(results: Any) -> Tensor:
+def loss_of(results: Any) -> Tensor:
+    """Return the sum of the means of the losses that an adaptor gave.
+
+    Raises:
+        ValueError: if it gave none.
+    """
     losses = adaptors.normalise(results).get("losses")
     if not losses:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Factors on the units of a model, put on by hooks: the model's parameters and their names stay what they are.
 
 A head's or unit's factor multiplies what it gives to the module that reads it, a layer's what it changes of the hidden
-states: at 0 the unit might as well not be there, and no gradient reaches its weights.
+states, a hidden feature's all that is written or read of it: at 0 the unit might as well not be there, and no gradient
+reaches its weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from textbrewer.compression.hidden_gates import FeatureGate, open_features
 from textbrewer.compression.sites import Site
+from textbrewer.layouts.residual import Residual
 
 __all__ = ["close", "has_gates", "open_gates", "strip_gates"]
 
@@ -20,30 +23,36 @@ __all__ = ["close", "has_gates", "open_gates", "strip_gates"]
 class _UnitGate:
     """Multiplies the units that a module reads; a copy of the module gets a copy of it."""
 
-    def __init__(self, factors: Tensor) -> None:
-        self.factors = factors
+    def __init__(self, factors: Tensor, resting: Tensor | None = None) -> None:
+        self.factors, self.resting = factors, resting
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         states, *rest = inputs
-        factors = self.factors.to(device=states.device, dtype=states.dtype)
+        factors = _now(self, module).to(device=states.device, dtype=states.dtype)
         return (states * factors.repeat_interleave(states.shape[-1] // len(factors)), *rest)
 
 
 class _LayerGate:
     """Multiplies what a layer changes of the hidden states."""
 
-    def __init__(self, factors: Tensor, number: int) -> None:
-        self.factors, self.number = factors, number
+    def __init__(self, factors: Tensor, number: int, resting: Tensor | None = None) -> None:
+        self.factors, self.number, self.resting = factors, number, resting
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
         before = layer_input(inputs, named)
         after, *rest = output if isinstance(output, tuple) else (output,)
-        if not self.factors.requires_grad:
-            states = after if self.factors[self.number] else before
+        factors = _now(self, module)
+        if not factors.requires_grad:
+            states = after if factors[self.number] else before
         else:
-            factor = self.factors[self.number].to(device=before.device, dtype=before.dtype)
+            factor = factors[self.number].to(device=before.device, dtype=before.dtype)
             states = before + factor * (after - before)
         return (states, *rest) if isinstance(output, tuple) else states
+
+
+def _now(gate: _UnitGate | _LayerGate, module: nn.Module) -> Tensor:
+    """Return a gate's factors in a module's mode."""
+    return gate.factors if module.training or gate.resting is None else gate.resting
 
 
 def layer_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
@@ -52,13 +61,19 @@ def layer_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
     return states
 
 
-def open_gates(model: nn.Module, sites: Iterable[Site], factors: Mapping[str, Tensor]) -> list[RemovableHandle]:
+def open_gates(
+    model: nn.Module,
+    sites: Iterable[Site],
+    factors: Mapping[str, Tensor],
+    resting: Mapping[str, Tensor] | None = None,
+) -> list[RemovableHandle]:
     """Put factors on a model's units.
 
     Args:
         model: whose modules are hooked.
         sites: where its units are.
         factors: by site, ``(units,)``; sites without any are left alone. Of layers 0 or 1, unless they have a gradient.
+        resting: others that count while a module is in eval mode, without gradients.
 
     Returns:
         Handles that remove them.
@@ -68,13 +83,17 @@ def open_gates(model: nn.Module, sites: Iterable[Site], factors: Mapping[str, Te
         given = factors.get(site.name)
         if given is None:
             continue
+        still = None if resting is None else resting[site.name]
+        if isinstance(site.inner, Residual):
+            handles += open_features(model, site.inner, given, still)
+            continue
         if site.inner is not None:
-            gates = [(name, _UnitGate(given)) for name in site.inner.readers]
+            gates = [(name, _UnitGate(given, still)) for name in site.inner.readers]
             handles += [model.get_submodule(name).register_forward_pre_hook(gate) for name, gate in gates]
             continue
         for number in range(site.units):
             layer = model.get_submodule(f"{site.stack}.{number}")
-            handles.append(layer.register_forward_hook(_LayerGate(given, number), with_kwargs=True))
+            handles.append(layer.register_forward_hook(_LayerGate(given, number, still), with_kwargs=True))
     return handles
 
 
@@ -100,7 +119,7 @@ def strip_gates(model: nn.Module) -> None:
 
 
 def _gates(hooks: Mapping[int, Any]) -> list[int]:
-    return [key for key, hook in hooks.items() if isinstance(hook, (_UnitGate, _LayerGate))]
+    return [key for key, hook in hooks.items() if isinstance(hook, (_UnitGate, _LayerGate, FeatureGate))]
 
 
 def _hooks(module: nn.Module) -> list[tuple[dict[int, Any], list[dict[int, Any]]]]:

@@ -17,8 +17,10 @@ from textbrewer import checks
 from textbrewer.compression import saving
 from textbrewer.compression.gates import has_gates
 from textbrewer.compression.low_rank_manifest import restore_low_rank_
+from textbrewer.compression.module_numbers import restore_numbers_, set_shapes_
+from textbrewer.compression.quantized_weights import assemble
 from textbrewer.compression.shrink import shrink_
-from textbrewer.compression.sites import find_layout
+from textbrewer.compression.sites import HIDDEN, find_layout, hidden_width
 
 __all__ = ["load"]
 
@@ -35,10 +37,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             it is. Needed for classes that are not transformers' own.
 
     Returns:
-        A new model on the CPU (or where ``model`` is), in eval mode, all its parameters to be trained, in the dtypes
-        that they were saved in.
+        A new model on the CPU (or where ``model`` is), in eval mode, all its parameters to be trained (of a quantised
+        one none), in the dtypes that they were saved in.
 
     Raises:
+        ImportError: if the model is quantised, without torchao.
         FileNotFoundError: if a file is missing.
         ValueError: if a file is damaged, the files do not belong together, or the manifest does not fit the model.
         TypeError: if ``model`` is no model.
@@ -57,9 +60,17 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         for name in manifest["absent"]:
             parent, _, part = name.rpartition(".")
             model.get_submodule(parent)._modules[part] = None
-        _resize(model, manifest)
+        tensors = assemble(tensors, manifest.get("quantized", {}))
+        if manifest.get("numbers") is None:
+            _resize(model, manifest)
+        else:
+            restore_numbers_(model, manifest["numbers"])
+            theirs = tensors | {name: tensors[source] for name, source in manifest["aliases"].items()}
+            set_shapes_(model, theirs, manifest["low_rank"])
         restore_low_rank_(model, manifest["low_rank"])
         _fill(model, tensors, manifest["aliases"])
+        if manifest.get("quantized"):
+            model.requires_grad_(False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"the manifest in {str(folder)!r} must fit {type(model).__name__}, and does not: {error}"
@@ -88,7 +99,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for field in ("layers", "units"):
         if any(not isinstance(size, int) or size < 1 for size in manifest[field].values()):
             raise ValueError(f"{str(path)!r} is damaged: {field!r} must be numbers of at least 1")
+    if not _is_width(manifest.get("hidden")):
+        raise ValueError(f"{str(path)!r} is damaged: 'hidden' must be a width of at least 1, and fields of the config")
     return manifest
+
+
+def _is_width(hidden: Any) -> bool:
+    """Return whether this is what a manifest says of the hidden width; those of earlier releases say nothing."""
+    if hidden is None:
+        return True
+    if not isinstance(hidden, dict) or not isinstance(hidden.get("built"), dict):
+        return False
+    sizes = [hidden.get("width"), *hidden["built"].values()]
+    return all(isinstance(size, int) and size >= 1 for size in sizes)
 
 
 def _read_tensors(folder: Path, identity: str) -> dict[str, Tensor]:
@@ -132,7 +155,8 @@ def _built(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
             f"transformers must have a class {name!r}, as the manifest in {str(folder)!r} says, and release "
             f"{transformers.__version__} has none; install the one that the model was saved with, or pass model="
         )
-    config = kind.config_class.from_json_file(path)
+    built = (manifest.get("hidden") or {}).get("built", {})
+    config = kind.config_class(**{**json.loads(path.read_text(encoding="utf-8")), **built})
     if manifest.get("attention") in _ATTENTIONS:
         config._attn_implementation = manifest["attention"]
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced
@@ -152,6 +176,12 @@ def _resize(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     have = {stack.path: len(stack.blocks) for stack in layout.stacks}
     _check_sizes(have, manifest["layers"], "layers")
     shrink_(model, {path: _first(size, have[path]) for path, size in manifest["layers"].items() if size < have[path]})
+    hidden = manifest.get("hidden")  # which folders of earlier releases do not have
+    if hidden is not None:
+        have = {HIDDEN: hidden_width(model, find_layout(model))}
+        _check_sizes(have, {HIDDEN: hidden["width"]}, "features")
+        if hidden["width"] < have[HIDDEN]:
+            shrink_(model, {HIDDEN: _first(hidden["width"], have[HIDDEN])})
     have = {site.name: site.units for site in find_layout(model).sites if site.inner is not None}
     _check_sizes(have, manifest["units"], "units")
     shrink_(model, {name: _first(size, have[name]) for name, size in manifest["units"].items() if size < have[name]})

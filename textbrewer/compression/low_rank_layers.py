@@ -71,7 +71,7 @@ class LowRankLinear(nn.Module):
         Some models (T5) look at the dtype of a layer's weight in every forward pass, which must not cost the product.
         :meth:`dense` returns the values.
         """
-        return self.up.weight.new_empty((self.out_features, self.in_features), device="meta")
+        return torch.empty((self.out_features, self.in_features), dtype=self.up.weight.dtype, device="meta")
 
     def dense(self) -> Tensor:
         """Return the one matrix that the pair stands for, ``(out_features, in_features)``."""
@@ -165,6 +165,8 @@ def choose_maps(
             left[name] = "an output head; name it in include to take it"
         elif not to_wrap and any(getattr(module, hooks) for hooks in _HOOKS):
             left[name] = "it has hooks, which would be lost"
+        elif type(module.weight) not in (Tensor, nn.Parameter):
+            left[name] = f"its weight is a {type(module.weight).__name__}, quantised already"
         elif module.weight.is_meta or not module.weight.is_floating_point():
             left[name] = f"its weight is {module.weight.dtype} on {module.weight.device}"
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from textbrewer import checks
 from textbrewer.compression.gates import has_gates, open_gates, strip_gates
 from textbrewer.compression.masks import Masks, check_masks
 from textbrewer.compression.shrink import check_movable, shrink_
-from textbrewer.compression.sites import Layout, Site, find_layout, kept_positions
+from textbrewer.compression.sites import HIDDEN, Layout, Site, find_layout, kept_positions
 
 __all__ = ["Masked"]
 
@@ -39,28 +40,40 @@ class Masked:
         checks.is_a(model, nn.Module, "model", "a torch.nn.Module")
         if has_gates(model):
             raise ValueError("model must not be masked already; shrink it first, and mask what comes out")
-        layout = find_layout(model)
         self.masks = masks if isinstance(masks, Masks) else Masks(masks)
+        layout = find_layout(model, hidden=HIDDEN in self.masks)
         check_masks(self.masks, layout, type(model).__name__)
         check_movable(model, layout, self.masks)
         self.model = model
         self._layout = layout
         open_gates(model, layout.sites, {name: mask.to(torch.float32) for name, mask in self.masks.items()})
 
+    @classmethod
+    def seen(cls, model: nn.Module, masks: Mapping[str, Tensor]) -> Masked:
+        """Return a view of a model that something else keeps under these masks; it puts none on it."""
+        view = cls.__new__(cls)
+        view.model, view.masks, view._layout = model, Masks(masks), find_layout(model, hidden=HIDDEN in masks)
+        return view
+
     def sparsity(self) -> dict[str, float]:
         """Return the share of what is switched off, by component.
 
         Returns:
             ``"heads"`` (of attention), ``"ffn"`` (units) and ``"layers"``, each as a share of how many there are, those
-            of switched-off layers with them; ``"stack_parameters"`` and ``"parameters"``, what :meth:`shrink` takes
-            away of the parameters inside the stacks of layers, and of all.
+            of switched-off layers with them; ``"hidden"``, of the hidden features; ``"stack_parameters"`` and
+            ``"parameters"``, what :meth:`shrink` takes away of the parameters inside the stacks of layers, and of all.
         """
-        shares = {kind: _share(self._layout, self.masks, kind) for kind in ("heads", "ffn", "layers")}
+        shares = {kind: _share(self._layout, self.masks, kind) for kind in ("heads", "ffn", "layers", HIDDEN)}
         paths = tuple(f"{stack.path}." for stack in self._layout.stacks)
-        inside = {name: tensor.numel() for name, tensor in self.model.named_parameters() if name.startswith(paths)}
-        removed = sum(inside.values()) - sum(kept_sizes(self.model, self._layout, self.masks).values())
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        return {**shares, "stack_parameters": removed / sum(inside.values()), "parameters": removed / total}
+        kept = kept_sizes(self.model, self._layout, self.masks)
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        gone = {name: size - kept.get(name, 0) for name, size in sizes.items()}
+        inside, removed = (sum(n for name, n in of.items() if name.startswith(paths)) for of in (sizes, gone))
+        return {
+            **shares,
+            "stack_parameters": removed / inside,
+            "parameters": sum(gone.values()) / sum(sizes.values()),
+        }
 
     def shrink(self) -> nn.Module:
         """Return a model of the same class without what is switched off.
@@ -80,31 +93,32 @@ class Masked:
 
 
 def kept_sizes(model: nn.Module, layout: Layout, masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return how many numbers stay of each parameter inside the stacks of layers, by name."""
-    shares: dict[str, float] = {}
+    """Return how many numbers stay of each parameter, by name; those of layers that go are left out."""
     parameters = dict(model.named_parameters())
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     for site in layout.sites:
         mask = masks.get(site.name)
         if site.inner is None or mask is None:
             continue
         for name, axis in site.inner.axes:
-            size = parameters[name].shape[axis]
-            shares[name] = len(kept_positions(site.inner, size, mask)) / size
-    sizes = {}
+            if name in shapes:  # of tied ones the first name
+                shapes[name][axis] = len(kept_positions(site.inner, parameters[name].shape[axis], mask))
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     tables = tuple(f"{table}.weight" for site in layout.sites for table in site.tables)
     for stack in layout.stacks:
         mask = masks.get(stack.path, torch.ones(len(stack.blocks), dtype=torch.bool))
         for number, block in enumerate(stack.blocks):
-            for inner, parameter in block.named_parameters():
-                name = f"{stack.path}.{number}.{inner}"
-                if name in parameters and (mask[number] or inner.endswith(tables)):
-                    sizes[name] = round(parameter.numel() * shares.get(name, 1.0))
+            for inner, _ in block.named_parameters():
+                if not mask[number] and not inner.endswith(tables):
+                    sizes.pop(f"{stack.path}.{number}.{inner}", None)
     return sizes
 
 
 def _share(layout: Layout, masks: Mapping[str, Tensor], kind: str) -> float:
     """Return the share of the units of one kind that is switched off, those of switched-off layers with them."""
     total = kept = 0
+    if kind == HIDDEN and not layout.of(kind):  # which were not looked for, as none goes
+        return 0.0
     for site in layout.of(kind):
         off = int((~masks[site.name]).sum()) if site.name in masks else 0
         layers = masks.get(site.stack)
@@ -114,7 +128,7 @@ def _share(layout: Layout, masks: Mapping[str, Tensor], kind: str) -> float:
 
 
 def _layers_left(site: Site, layers: Tensor | None) -> int:
-    """Return in how many layers a site stays; a list of layers counts as one."""
-    if site.inner is None:
+    """Return in how many layers a site stays; one that is in no layer counts as one."""
+    if site.inner is None or site.kind == HIDDEN:
         return 1
     return len(site.layers) if layers is None else sum(bool(layers[number]) for number in site.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from textbrewer.adaptors import Adaptor
 from textbrewer.compression.choosing import choose_global, choose_uniform
 from textbrewer.compression.data_scores import DATA_SCORES
 from textbrewer.compression.gates import has_gates
+from textbrewer.compression.hidden_scores import HIDDEN_SCORES, score_by_weights
 from textbrewer.compression.masked import Masked
 from textbrewer.compression.masks import Masks
-from textbrewer.compression.sites import Layout, Site, find_layout
-from textbrewer.compression.weight_scores import WEIGHT_SCORES, unit_weights
+from textbrewer.compression.prune_places import check_whole, given_scores, stays, touches
+from textbrewer.compression.sites import HIDDEN, Layout, Site, find_layout
+from textbrewer.compression.weight_scores import WEIGHT_SCORES
 
 __all__ = ["Prune"]
 
@@ -36,29 +38,39 @@ class Prune:
 
     Heads of each attention and units of each feed-forward part are chosen by themselves; heads that share keys and
     values go in groups, and where layers share biases by head (T5) they all lose the same heads. The layers that go are
-    chosen first, and shares are of what is in the others.
+    chosen first, and shares are of what is in the others. Hidden features are chosen last, by scores of the whole model
+    as it was: they go everywhere at once, from embeddings, norms, whatever reads or writes them, pooler and prediction
+    head; heads keep their width. Norms then take their statistics over the features that stay, and scales that a model
+    works out from its hidden width (T5, BART) follow it.
 
     Args:
         heads: the share of the attention heads that goes, from 0 to below 1.
         ffn: the share of the feed-forward units that goes.
+        hidden: the share of the hidden features that goes; at least one stays. By keyword.
         layers: how many whole layers go, of each stack.
         score: the units of the lowest score go. By their weights: ``"l1"``, ``"l2"``, ``"level"`` (the mean magnitude),
             ``"fpgm"`` (the distance to the others), or your own in
             :data:`~textbrewer.compression.weight_scores.WEIGHT_SCORES`; by data: ``"taylor"``, ``"mean_activation"``,
-            ``"apoz"``; ``"random"``; or scores that you worked out, a dict of tensors ``(units,)`` by site.
-        scope: ``"uniform"``: the same share everywhere; ``"global"``: the least important of the whole model.
-        minimum: how many heads (groups of heads) and units must stay in each place.
-        maximum: with ``scope="global"``, the largest share of one place that may go.
-        exclude: dotted names of modules, or patterns as ``"*.layer.0.*"``: of what is inside nothing goes.
+            ``"apoz"`` (not of hidden features); ``"slim"`` (of hidden features alone: their scales in the norms);
+            ``"random"``; or scores that you worked out, a dict of tensors ``(units,)`` by site. For hidden features,
+            ``"hidden"`` in it, see :func:`~textbrewer.compression.hidden_scores.hidden_score`.
+        scope: ``"uniform"``: the same share everywhere; ``"global"``: the least important of the whole model. Hidden
+            features are of one place, for which both are the same.
+        minimum: how many heads (groups of heads) and units must stay in each place; not of hidden features.
+        maximum: with ``scope="global"``, the largest share of one place that may go; not of hidden features.
+        exclude: dotted names of modules, or patterns as ``"*.layer.0.*"``: of what is inside nothing goes; so it can
+            name nothing that hidden features pass if these are to go.
         seed: of ``score="random"``.
 
     Raises:
-        ValueError: if a share is not from 0 to below 1, nothing is to go, or a name is unknown.
+        ValueError: if a share is not from 0 to below 1, nothing is to go, a name is unknown, or the score is none for
+            what is to go.
         TypeError: if an argument is of the wrong kind.
     """
 
     heads: float = 0.0
     ffn: float = 0.0
+    hidden: float = field(default=0.0, kw_only=True)
     layers: int = 0
     score: str | Mapping[str, Tensor] = "l1"
     scope: str = "uniform"
@@ -70,12 +82,13 @@ class Prune:
     def __post_init__(self) -> None:
         checks.number(self.heads, "heads", minimum=0, below=1)
         checks.number(self.ffn, "ffn", minimum=0, below=1)
+        checks.number(self.hidden, "hidden", minimum=0, below=1)
         checks.integer(self.layers, "layers", minimum=0)
-        if not (self.heads or self.ffn or self.layers):
-            raise ValueError("one of heads, ffn and layers must be more than 0, got 0 for all: nothing would be pruned")
-        if not isinstance(self.score, Mapping):
-            checks.is_a(self.score, str, "score", "a name, or a dict of tensors by site")
-            checks.one_of(self.score, [*WEIGHT_SCORES, *DATA_SCORES, "random"], "score")
+        if not (self.heads or self.ffn or self.hidden or self.layers):
+            raise ValueError(
+                "one of heads, ffn, hidden and layers must be more than 0, got 0 for all: nothing would be pruned"
+            )
+        self._check_score()
         checks.one_of(self.scope, _SCOPES, "scope")
         checks.integer(self.minimum, "minimum", minimum=1)
         checks.number(self.maximum, "maximum", above=0, maximum=1)
@@ -83,6 +96,21 @@ class Prune:
             raise ValueError('maximum must be 1 unless scope="global": otherwise the same share goes everywhere')
         checks.is_a(self.exclude, (list, tuple), "exclude", "a list of names")
         checks.integer(self.seed, "seed")
+
+    def _check_score(self) -> None:
+        if isinstance(self.score, Mapping):
+            return
+        checks.is_a(self.score, str, "score", "a name, or a dict of tensors by site")
+        checks.one_of(self.score, [*WEIGHT_SCORES, *DATA_SCORES, *HIDDEN_SCORES, "random"], "score")
+        if self.score in HIDDEN_SCORES and (self.heads or self.ffn or self.layers):
+            raise ValueError(
+                f"score={self.score!r} must be for hidden features alone, which have scales in the norms; heads, ffn "
+                'and layers have none: prune them by another score, as "taylor", in a plan of their own'
+            )
+        if self.score == "apoz" and self.hidden:
+            raise ValueError(
+                'score must not be "apoz" for hidden features, which are hardly ever zero; use "taylor" or "slim"'
+            )
 
     def apply(
         self, model: nn.Module, dataloader: Iterable[Any] | None = None, adaptor: Adaptor | str = "auto"
@@ -101,16 +129,26 @@ class Prune:
             ValueError: if the model's family is unknown, the plan does not fit it, or the score's data is missing.
             KeyError: if ``exclude`` names what the model has not.
         """
+        masks = self.choose(model, dataloader, adaptor)
+        return Masked(copy.deepcopy(model), masks)
+
+    def choose(
+        self, model: nn.Module, dataloader: Iterable[Any] | None = None, adaptor: Adaptor | str = "auto"
+    ) -> Masks:
+        """Return what :meth:`apply` would put on a copy of the model: which units stay, of each place that loses some.
+
+        The arguments and errors are those of :meth:`apply`.
+        """
         checks.is_a(model, nn.Module, "model", "a torch.nn.Module")
         self._check_data(dataloader)
         if has_gates(model):
             raise ValueError("model must not be masked already; shrink it first, and prune what comes out")
-        layout = find_layout(model)
-        _check_whole(model, layout)
+        layout = find_layout(model, hidden=bool(self.hidden))
+        check_whole(model, layout)
         excluded = self._excluded(model)
-        wanted = [site for site in layout.sites if self._amount(site.kind) and not _touches(site, excluded)]
+        wanted = [site for site in layout.sites if self._amount(site.kind) and not touches(site, excluded)]
         scores = self.scores(model, layout, wanted, dataloader, adaptor)
-        return Masked(copy.deepcopy(model), Masks(self._choose(layout, wanted, scores, excluded)))
+        return Masks(self._choose(layout, wanted, scores, excluded))
 
     def scores(
         self,
@@ -126,14 +164,14 @@ class Prune:
             ValueError: if one is not finite, or given scores do not fit the model.
         """
         if isinstance(self.score, Mapping):
-            scores = _given(self.score, sites)
+            scores = given_scores(self.score, sites)
         elif self.score == "random":
             generator = torch.Generator().manual_seed(int(self.seed))
             scores = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in sites}
         elif self.score in DATA_SCORES:
             scores = DATA_SCORES[self.score](model, sites, dataloader, adaptor)
         else:
-            scores = {site.name: WEIGHT_SCORES[self.score](unit_weights(model, layout, site)).cpu() for site in sites}
+            scores = {site.name: score_by_weights(model, layout, site, self.score).cpu() for site in sites}
         for name, score in scores.items():
             if not score.isfinite().all():
                 raise ValueError(f"scores must be finite, got {score.tolist()} for {name!r}; look at the weights")
@@ -142,18 +180,20 @@ class Prune:
     def _choose(
         self, layout: Layout, sites: Sequence[Site], scores: Mapping[str, Tensor], excluded: set[str]
     ) -> dict[str, Tensor]:
-        """Return the masks: of layers first, then of what is in the layers that stay."""
+        """Return the masks: of layers first, then of what is in the layers that stay, of hidden features at last."""
         masks: dict[str, Tensor] = {}
         for stack in layout.stacks if self.layers else ():
             masks[stack.path] = self._layers(layout, stack.path, scores, excluded)
-        for kind in ("heads", "ffn"):
-            left = [site for site in sites if site.kind == kind and _stays(site, masks)]
+        for kind in ("heads", "ffn", HIDDEN):
+            left = [site for site in sites if site.kind == kind and stays(site, masks)]
             if not self._amount(kind):
                 continue
             if not left:
-                raise ValueError(f"exclude must leave something to prune of {kind}, got {list(self.exclude)}")
-            if self.scope == "uniform":
-                chosen = choose_uniform(left, scores, self._amount(kind), int(self.minimum))
+                remedy = "; hidden features are the same everywhere, so set hidden=0" if kind == HIDDEN else ""
+                raise ValueError(f"exclude must leave something to prune of {kind}, got {list(self.exclude)}{remedy}")
+            if self.scope == "uniform" or kind == HIDDEN:
+                minimum = 1 if kind == HIDDEN else int(self.minimum)
+                chosen = choose_uniform(left, scores, self._amount(kind), minimum)
             else:
                 chosen = choose_global(left, scores, self._amount(kind), int(self.minimum), self.maximum)
             if all(mask.all() for mask in chosen.values()):
@@ -178,7 +218,7 @@ class Prune:
         return mask
 
     def _amount(self, kind: str) -> float:
-        return {"heads": self.heads, "ffn": self.ffn, "layers": self.layers}[kind]
+        return {"heads": self.heads, "ffn": self.ffn, HIDDEN: self.hidden, "layers": self.layers}[kind]
 
     def _check_data(self, dataloader: Iterable[Any] | None) -> None:
         needs = isinstance(self.score, str) and self.score in DATA_SCORES
@@ -201,42 +241,3 @@ class Prune:
                 raise KeyError(f"exclude: the model ({type(model).__name__}) has no module {pattern!r}")
             found |= {name for name in names if any(name == one or name.startswith(one + ".") for one in fits)}
         return found
-
-
-def _touches(site: Site, excluded: set[str]) -> bool:
-    """Return whether something of a site is excluded; of layers each is looked at by itself."""
-    return site.inner is not None and not excluded.isdisjoint([*site.inner.readers, *site.inner.writers])
-
-
-def _stays(site: Site, masks: Mapping[str, Tensor]) -> bool:
-    """Return whether a layer of the site stays."""
-    mask = masks.get(site.stack)
-    return mask is None or any(bool(mask[number]) for number in site.layers)
-
-
-def _given(given: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Return scores that the user worked out.
-
-    Raises:
-        ValueError: if a site has none, or not one a unit.
-    """
-    scores = {}
-    for site in sites:
-        score = given.get(site.name)
-        shape = None if score is None else tuple(torch.as_tensor(score).shape)
-        if shape != (site.units,):
-            raise ValueError(f"score must have {site.units} numbers for {site.name!r}, got {shape or 'none'}")
-        scores[site.name] = torch.as_tensor(score).detach().double().cpu()
-    return scores
-
-
-def _check_whole(model: nn.Module, layout: Layout) -> None:
-    """Raise ValueError if weights that would be sliced are no parameters, as in pairs of low rank."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for site in layout.sites:
-        for name, _ in site.inner.axes if site.inner is not None else ():
-            if name not in parameters:
-                raise ValueError(
-                    f"{name!r} must be a parameter of the model to be pruned, and is none: prune first, and factorise, "
-                    "quantise or wrap the layers of what comes out"
-                )

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.compression.gates import has_gates
+from textbrewer.compression.hidden import building_fields
 from textbrewer.compression.low_rank_manifest import low_rank_manifest
-from textbrewer.compression.sites import find_layout
+from textbrewer.compression.module_numbers import module_numbers
+from textbrewer.compression.quantized_weights import is_fake_quantized, take_apart
+from textbrewer.compression.sites import Layout, find_layout, hidden_width, towers_of
+from textbrewer.compression.structure import STRUCTURES
+from textbrewer.compression.structure.structure import kind_of
 from textbrewer.files import replaced
 
 __all__ = ["CONFIG_FILE", "FORMAT", "GENERATION_FILE", "MANIFEST_FILE", "TENSORS_FILE", "VERSION", "save"]
@@ -34,26 +39,30 @@ MANIFEST_FILE = "shapes.json"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model to a folder, from which :func:`textbrewer.compression.load` makes it again.
 
-    Any model of a known structure: pruned, factorised after that, trained since, or none of these. Each file is written
-    under a temporary name and renamed, the manifest last; what else is in the folder (a tokenizer) stays.
+    Any model: pruned, factorised or quantised after that, trained since, or none of these. Of one without a known
+    structure, the whole numbers that its modules keep (channels, heads) are written down. Each file is written under a
+    temporary name and renamed, the manifest last; what else is in the folder (a tokenizer) stays.
 
     Args:
         model: what :meth:`~textbrewer.compression.masked.Masked.shrink` returned, for instance.
         path: the folder, made if need be.
 
     Raises:
-        ValueError: if the model is masked and not shrunk, its family is unknown, or the path is a file.
+        ValueError: if the model is masked and not shrunk, fake-quantised and not converted, quantised in another way
+            than this library's, or the path is a file.
         TypeError: if it is no model.
     """
     checks.is_a(model, nn.Module, "model", "a torch.nn.Module; of a Masked, what shrink() returns")
     if has_gates(model):
         raise ValueError("model must be shrunk to be saved, as its masks are no part of it; save masked.shrink()")
+    if any(is_fake_quantized(module) for module in model.modules()):
+        raise ValueError("model must be converted to be saved, as it is fake-quantised still: convert_qat_(model)")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder, got the file {os.fspath(path)!r}")
     tensors, aliases = _tensors(model)
     identity = uuid.uuid4().hex
-    manifest = {**_manifest(model), "aliases": aliases, "id": identity}
+    manifest = {**_manifest(model), "quantized": take_apart(tensors), "aliases": aliases, "id": identity}
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / TENSORS_FILE) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "id": identity})
@@ -65,15 +74,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def _manifest(model: nn.Module) -> dict[str, Any]:
     """Return what must be known of a model beside its config and tensors."""
-    layout = find_layout(model)
+    layout = find_layout(model) if kind_of(model) in STRUCTURES else None
     kind = type(model)
     return {
         "format": FORMAT,
         "version": VERSION,
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        "layers": {stack.path: len(stack.blocks) for stack in layout.stacks},
-        "units": {site.name: site.units for site in layout.sites if site.inner is not None},
+        "layers": {} if layout is None else {stack.path: len(stack.blocks) for stack in layout.stacks},
+        "units": {} if layout is None else {site.name: site.units for site in layout.sites if site.inner is not None},
+        "hidden": None if layout is None else _hidden(model, layout),
+        "numbers": module_numbers(model) if layout is None else None,
         "low_rank": low_rank_manifest(model),
         "absent": [
             f"{name}.{part}" if name else part
@@ -82,6 +93,12 @@ def _manifest(model: nn.Module) -> dict[str, Any]:
             if child is None
         ],
     }
+
+
+def _hidden(model: nn.Module, layout: Layout) -> dict[str, Any]:
+    """Return how wide the hidden states are, and what the config must say for the class to make a model to cut down."""
+    fields = building_fields(model, layout.structure, towers_of(layout))
+    return {"width": hidden_width(model, layout), "built": fields}
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from textbrewer.compression.config_fields import Sizes, follow, sizes_of
-from textbrewer.compression.sites import Layout, Site, Stack, find_layout, kept_positions
+from textbrewer.compression.hidden import narrowed
+from textbrewer.compression.sites import HIDDEN, Layout, Site, Stack, find_layout, kept_positions, towers_of
 from textbrewer.compression.structure import Structure
+from textbrewer.layouts.residual import Residual, tensors_of
 
 __all__ = ["check_movable", "shrink_"]
 
@@ -35,7 +38,7 @@ def shrink_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         model: of a known structure, without masks on it.
         masks: by site, ``(units,)`` of booleans, true for what stays; checked before.
     """
-    layout = find_layout(model)
+    layout = find_layout(model, hidden=HIDDEN in masks)
     before = sizes_of(layout)
     with torch.no_grad():
         for site in layout.sites:
@@ -43,6 +46,8 @@ def shrink_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             if site.inner is not None and mask is not None:
                 _slice(model, site, mask)
                 _count_heads(model, layout.structure, site, int(mask.sum()))
+            if isinstance(site.inner, Residual):
+                narrowed(model, layout.structure, site.inner, towers_of(find_layout(model)))
     for stack in layout.stacks:
         if stack.path in masks:
             _drop_layers(layout.structure, stack, masks[stack.path])
@@ -54,19 +59,24 @@ def _slice(model: nn.Module, site: Site, mask: Tensor) -> None:
     """Keep the units of one site, in every tensor that writes, reads or adds to them."""
     if site.inner is None or bool(mask.all()):
         return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors, done = tensors_of(model), set()
     for name, axis in site.inner.axes:
-        parameter = parameters[name]
-        kept = kept_positions(site.inner, parameter.shape[axis], mask)
-        parameter.data = parameter.data.index_select(axis, kept.to(parameter.device))
-        parameter.grad = None  # of the old shape
-        if name.endswith(".weight"):
+        tensor = tensors[name]
+        if (id(tensor), axis) not in done:  # tied ones have several names
+            done.add((id(tensor), axis))
+            kept = kept_positions(site.inner, tensor.shape[axis], mask)
+            tensor.data = tensor.data.index_select(axis, kept.to(tensor.device))
+            tensor.grad = None  # of the old shape
+        if name.endswith(".weight") and tensor.dim() > 1:
             _note_shape(model.get_submodule(name.rpartition(".")[0]))
 
 
 def _note_shape(module: nn.Module) -> None:
     """Make what a module says of its shape true again."""
-    rows, columns = module.weight.shape  # type: ignore[misc]
+    rows, columns, *_ = module.weight.shape  # type: ignore[misc]
+    if isinstance(module, _ConvNd):
+        module.out_channels, module.in_channels = int(rows), int(columns)
+        return
     names = {
         "Linear": {"out_features": rows, "in_features": columns},
         "Conv1D": {"nx": rows, "nf": columns},

@@ -1,4 +1,4 @@
-"""Where a model can be pruned: the heads of each attention, the units of each feed-forward part, the layers."""
+"""Where a model can be pruned: heads of each attention, units of each feed-forward part, layers, hidden features."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from textbrewer.compression.hidden import Tower, hidden_features
 from textbrewer.compression.structure import STRUCTURES, Structure
 from textbrewer.compression.structure.structure import structure_of
 from textbrewer.layouts import InnerWidth, LayerStack
-from textbrewer.layouts.inner import Inner, by_block, features_out, inner_features
+from textbrewer.layouts.inner import Inner, by_block, features_in, features_out, inner_features
 from textbrewer.layouts.stacks import locate
 
-__all__ = ["KINDS", "Layout", "Site", "Stack", "find_layout", "kept_positions"]
+__all__ = ["HIDDEN", "KINDS", "Layout", "Site", "Stack", "find_layout", "hidden_width", "kept_positions", "towers_of"]
 
-KINDS = ("heads", "ffn", "layers")
-"""What can be pruned: attention heads, units of feed-forward parts, whole layers."""
+HIDDEN = "hidden"
+"""The kind, and the name, of the one site of a model's hidden features."""
+KINDS = ("heads", "ffn", HIDDEN, "layers")
+"""What can be pruned: attention heads, units of feed-forward parts, hidden features, whole layers."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,12 @@ class Site:
 
     Args:
         kind: one of :data:`KINDS`.
-        name: unique in the model: the module that reads the units, or the list of layers.
-        stack: the dotted name of the list of layers.
+        name: unique in the model: the module that reads the units, or the list of layers; :data:`HIDDEN`.
+        stack: the dotted name of the list of layers; empty for hidden features, which all of them share.
         units: how many there are; of heads that share keys and values, how many groups.
         per_unit: how many heads (units, layers) one of them is, in one layer.
-        inner: the features that the units are made of; ``None`` for layers.
+        inner: the features that the units are made of, of hidden ones a
+            :class:`~textbrewer.layouts.residual.Residual`; ``None`` for layers.
         tables: names inside a layer of tensors with one column a head.
     """
 
@@ -59,8 +63,8 @@ class Site:
 
     @property
     def layers(self) -> list[int]:
-        """The numbers of the layers that the site lies in: all that keep the same units; none for a list of layers."""
-        readers = self.inner.readers if self.inner is not None else []
+        """The numbers of the layers that the site lies in, all that keep the same units; none of hidden features."""
+        readers = self.inner.readers if self.inner is not None and self.kind != HIDDEN else []
         return [int(name[len(self.stack) + 1 :].partition(".")[0]) for name in readers]
 
     @property
@@ -82,12 +86,16 @@ class Layout:
         return [site for site in self.sites if site.kind == kind]
 
 
-def find_layout(model: nn.Module) -> Layout:
+def find_layout(model: nn.Module, hidden: bool = False) -> Layout:
     """Return where a model can be pruned.
 
+    Args:
+        model: of a known structure.
+        hidden: whether its hidden features are looked for too, for which models of its class are made.
+
     Raises:
-        ValueError: if its family is unknown, it is not built as the family says, or its heads do not divide what they
-            are to divide.
+        ValueError: if its family is unknown, it is not built as the family says, its heads do not divide what they
+            are to divide, or it cannot be told where its hidden features are.
     """
     structure = structure_of(model, STRUCTURES)
     family = structure.family
@@ -112,7 +120,41 @@ def find_layout(model: nn.Module) -> Layout:
                 names = " or ".join(reader for width in widths for reader in width.readers)
                 raise ValueError(f"the layers of {stack.path} must have modules named {names}, got none; see Family")
         sites += [*heads, *units, Site("layers", stack.path, stack.path, len(stack.blocks))]
-    return Layout(structure, stacks, tuple(sites))
+    layout = Layout(structure, stacks, tuple(sites))
+    return _with_hidden(model, layout) if hidden else layout
+
+
+def towers_of(layout: Layout) -> list[Tower]:
+    """Return a model's stacks of layers with the sizes of their widest layer."""
+    towers = []
+    for stack in layout.stacks:
+        heads, units = ([site for site in layout.of(kind) if site.stack == stack.path] for kind in ("heads", "ffn"))
+        number = max(site.units * site.per_unit for site in heads)
+        features = heads[0].inner.features if heads[0].inner is not None else 0
+        width = features // (heads[0].units * heads[0].per_unit)
+        towers.append(Tower(stack.fields, number, width, max(site.units for site in units)))
+    return towers
+
+
+def hidden_width(model: nn.Module, layout: Layout) -> int:
+    """Return how many hidden features a model has: as its config says, else as its first attention reads."""
+    width = getattr(getattr(model, "config", None), layout.structure.family.hidden, None)
+    if isinstance(width, int):
+        return width
+    inner = layout.of("heads")[0].inner
+    return features_in(model.get_submodule(inner.writers[0])) if inner is not None else 0
+
+
+def _with_hidden(model: nn.Module, layout: Layout) -> Layout:
+    """Return a model's layout with the site of its hidden features."""
+    inside = [site.inner for site in layout.sites if site.inner is not None]
+    attentions = [site.inner for site in layout.of("heads") if site.inner is not None]
+    owners = {name.rpartition(".")[0] for inner in attentions for name in inner.writers}
+    axes = {axis for inner in inside for axis in inner.axes}
+    residual = hidden_features(model, layout.structure, towers_of(layout), axes, owners)
+    residual.layers = [f"{stack.path}.{number}" for stack in layout.stacks for number in range(len(stack.blocks))]
+    site = Site(HIDDEN, HIDDEN, "", residual.features, inner=residual)
+    return Layout(layout.structure, layout.stacks, (*layout.sites, site))
 
 
 def kept_positions(inner: Inner, size: int, kept: Tensor) -> Tensor:

@@ -10,4 +10,6 @@ BART = Structure(
     head_width=("head_dim",),
     heads=("num_heads",),
     features=("embed_dim",),
+    hidden=("embed_dim",),
+    roots=("embed_scale",),
 )

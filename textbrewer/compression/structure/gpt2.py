@@ -10,4 +10,5 @@ GPT2 = Structure(
     head_width=("head_dim",),
     heads=("num_heads",),
     features=("embed_dim", "split_size"),
+    hidden=("embed_dim",),
 )

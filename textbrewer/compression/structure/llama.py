@@ -10,4 +10,5 @@ LLAMA = Structure(
     head_width=("head_dim",),
     heads=("num_heads", "num_attention_heads"),
     key_value_heads=("num_key_value_heads",),
+    hidden=("hidden_size",),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,6 +30,11 @@ class Structure:
         same_heads: whether all layers of a stack must keep the same heads, as each adds a bias by head that only the
             first one works out.
         table_switch: attribute of an attention that is true where it has such a table of biases.
+        hidden: attributes of any module that hold the hidden width where they equal it.
+        roots: attributes of any module that hold the square root of the hidden width where they equal it.
+        resized: a function of a model and a hidden width (a multiple of that of all its heads) that returns another
+            model of its class with that width; without one, the class is called with a config that says it. By two
+            such models it is found out where the hidden features are.
     """
 
     family: Family
@@ -40,6 +45,9 @@ class Structure:
     layer_number: tuple[str, ...] = ("layer_idx",)
     same_heads: bool = False
     table_switch: str | None = None
+    hidden: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    resized: Callable[[nn.Module, int], nn.Module] | None = None
 
 
 def kind_of(model: nn.Module) -> str:

@@ -15,4 +15,5 @@ T5 = Structure(
     features=("inner_dim",),
     same_heads=True,
     table_switch="has_relative_attention_bias",
+    hidden=("d_model", "model_dim"),
 )
