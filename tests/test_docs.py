@@ -173,3 +173,12 @@ def test_configuration_scripts_run_as_printed(monkeypatch):
     for script in _scripts("configuration.md"):
         exec(script, namespace)
     assert textbrewer.MATCH_LOSS_MAP["my_l1"] is namespace["my_l1_loss"]
+
+
+def test_a_model_of_ones_own_is_pruned_as_printed(tmp_path):
+    (script,) = [script for script in _scripts("compression.md") if "register_structure" in script]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"masked model: (\S+)", done.stdout)[1]) < 1e-5
+    assert "loaded again: True" in done.stdout
+    assert "'layers': 0.25" in done.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,7 +13,19 @@ from torch import nn
 from textbrewer import checks
 from textbrewer.hooks.forward import call, device_of
 
-__all__ = ["Entry", "Measured", "read_entries"]
+__all__ = ["Entry", "Exported", "Measured", "read_entries"]
+
+
+@runtime_checkable
+class Exported(Protocol):
+    """Something that runs batches and knows its own files, as what ``textbrewer.compression.load_exported`` returns."""
+
+    @property
+    def file(self) -> str | Path | Sequence[str | Path]:
+        """What it is shipped as."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Return the outputs for a batch."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,8 @@ def read_entries(models: Any, names: Sequence[str] | None) -> list[Entry]:
     """Return the models with their names.
 
     Args:
-        models: a list or a dict by name, of modules and :class:`Measured`.
+        models: a list or a dict by name, of modules, :class:`Measured`, and what :class:`Exported` describes, which is
+            measured with its own files.
         names: of a list's models; by default those of ``Measured``, else of the class, numbered if they repeat.
 
     Raises:
@@ -105,9 +118,10 @@ def read_entries(models: Any, names: Sequence[str] | None) -> list[Entry]:
     if isinstance(models, Mapping):
         if names is not None:
             raise ValueError(f"names must be left out where models is a dict, whose keys they are, got {list(names)}")
-        found, labels = list(models.values()), list(models)
+        found, labels = [_measured(model) for model in models.values()], list(models)
     else:
-        found, labels = list(models), list(names if names is not None else _default_names(models))
+        found = [_measured(model) for model in models]
+        labels = list(names if names is not None else _default_names(found))
     if len(labels) != len(found):
         raise ValueError(f"names must be as many as the models, {len(found)}, got {len(labels)}")
     for label, model in zip(labels, found, strict=True):
@@ -119,6 +133,13 @@ def read_entries(models: Any, names: Sequence[str] | None) -> list[Entry]:
     if len(set(labels)) < len(labels) or not all(labels):
         raise ValueError(f"names must be different and not empty, got {labels}")
     return [Entry(label, model) for label, model in zip(labels, found, strict=True)]
+
+
+def _measured(model: Any) -> Any:
+    """Return something that knows its own files as what is measured with them, anything else as it is."""
+    if isinstance(model, Exported) and not isinstance(model, (nn.Module, Measured)):
+        return Measured(model, file=model.file)
+    return model
 
 
 def _default_names(models: Sequence[Any]) -> list[str]:

@@ -21,14 +21,14 @@ from textbrewer.hooks.forward import evaluating, on_device
 from textbrewer.names import suggestion
 from textbrewer.report import cost, latency, weights
 from textbrewer.report.batches import describe, first_batches, pieces, rows_of
-from textbrewer.report.entries import Entry, Measured, read_entries
+from textbrewer.report.entries import Entry, Exported, Measured, read_entries
 from textbrewer.report.latency import Timing
 from textbrewer.report.result import ModelReport, Report, check_path
 
 __all__ = ["report"]
 
 Score = Callable[[Any], Any]
-Models = Sequence[nn.Module | Measured] | Mapping[str, nn.Module | Measured]
+Models = Sequence[nn.Module | Measured | Exported] | Mapping[str, nn.Module | Measured | Exported]
 
 
 def report(
@@ -55,7 +55,8 @@ def report(
     done. Rows taken out of a batch keep their padding: give batches of single rows to time those without.
 
     Args:
-        models: a list, or a dict by name, of modules and :class:`Measured`.
+        models: a list, or a dict by name, of modules, :class:`Measured`, and what
+            :func:`textbrewer.compression.load_exported` returns.
         data: batches as the models take them; no more than ``repeats`` are read. FLOPs and memory are of the first one.
         names: of the models in a list; by default their classes.
         score: is given a model, as it was given here, without gradients, and returns a number or a dict of numbers;
