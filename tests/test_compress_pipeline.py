@@ -1,4 +1,4 @@
-"""The pipeline on real weights in small: every stage's model is as large as it should be, and says the same exported."""
+"""The pipeline on real weights in small: each stage is as large as it should be, and says the same exported."""
 
 import pytest
 
