@@ -68,8 +68,9 @@ def test_a_script_is_stopped_and_resumed(whole, tmp_path):
             (folder / "go").touch()
         for signum, (folder, process) in running.items():
             errors = process.communicate(timeout=60)[1]
-            # Python ends after a KeyboardInterrupt as if the signal had done it.
-            assert process.returncode == (143 if signum == signal.SIGTERM else -signal.SIGINT), errors
+            # Python ends after a KeyboardInterrupt as if the signal had done it; but with 1 where `tabulate` is installed,
+            # with which torch prints a table at exit, and Python forgets what it ends of.
+            assert process.returncode in ((143,) if signum == signal.SIGTERM else (-signal.SIGINT, 1)), errors
             assert (
                 f"Training interrupted at step 3 and saved; go on with resume_from='latest' (output_dir '{folder}'"
                 in errors
