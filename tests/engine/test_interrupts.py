@@ -68,8 +68,8 @@ def test_a_script_is_stopped_and_resumed(whole, tmp_path):
             (folder / "go").touch()
         for signum, (folder, process) in running.items():
             errors = process.communicate(timeout=60)[1]
-            # Python ends after a KeyboardInterrupt as if the signal had done it; but with 1 where `tabulate` is installed,
-            # with which torch prints a table at exit, and Python forgets what it ends of.
+            # Python ends after a KeyboardInterrupt as if the signal had done it; but with 1 where torch finds tabulate,
+            # as it then evaluates a text at exit, after which Python no longer knows what it ends of.
             assert process.returncode in ((143,) if signum == signal.SIGTERM else (-signal.SIGINT, 1)), errors
             assert (
                 f"Training interrupted at step 3 and saved; go on with resume_from='latest' (output_dir '{folder}'"
