@@ -93,10 +93,10 @@ rate a task: that found for "KD and hidden states".
 
 REMARKS = """\
 
-RTE counts for little: the teacher itself is not beyond chance. The commonest class has 52.7% of the 277 rows, whose score
-has a standard error of 3 points, and the pretrained model, which tells sentences of like meaning, does not learn
-entailment from 2,490 rows: on a tenth of the training rows kept aside it reached 58% in four epochs while the loss there
-rose from 0.69 to 0.97, and 56% (0.69 to 0.94) where it had learned MRPC before.
+RTE counts for little: the teacher itself is not beyond chance. The commonest class has 52.7% of the 277 rows, whose
+score has a standard error of 3 points, and the pretrained model, which tells sentences of like meaning, does not learn
+entailment from 2,490 rows: on a tenth of the training rows kept aside it reached 58% in four epochs while the loss
+there rose from 0.69 to 0.97, and 56% (0.69 to 0.94) where it had learned MRPC before.
 """
 
 SWEEPS = """\
