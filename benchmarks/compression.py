@@ -53,16 +53,17 @@ python benchmarks/compression.py --latency   # milliseconds
 python benchmarks/compression.py --report    # this page
 ```
 
-Pruned are attention heads and feed-forward units, {amounts}. "Gradual" prunes on a cubic
-schedule over the first 60% of the steps; "at once", before the first. Distilled: KD and the hidden states after each
-layer, for CoFi with its dynamic matching. Shares are of the encoder's parameters without the embeddings.
+Pruned are attention heads and feed-forward units: {amounts}. With "gradual" they
+go on a cubic schedule over the first 60% of the steps, with "at once" before the first. Distilled: by KD and the hidden
+states after each layer, for CoFi with its dynamic matching. Percentages pruned are of the encoder's parameters, without
+the embeddings.
 """
 
 
 def write_report(grid: Grid, folder: Any) -> None:
     """Write ``compression_results.md`` from the results."""
     amounts = "; ".join(
-        f"for {percent}% {heads:.0%} and {ffn:.0%} of them"
+        f"{heads:.0%} and {ffn:.0%} of them are {percent}% of the parameters"
         for percent, (heads, ffn) in compression_methods.HEADS_AND_UNITS.items()
     )
     parts = [PAGE.format(amounts=amounts), "## Scores\n", score_table(grid)]

@@ -38,7 +38,7 @@ ADAPTOR_KEY_MEANINGS = {
 PUBLIC_MODULES = ("losses", "schedulers", "projections", "matching")
 """Where the functions of the registries are documented in the API reference."""
 
-MEASURED_PAGES = ("quickstart_results", "experiments", "parity", "was-wrong", "benchmarks")
+MEASURED_PAGES = ("quickstart_results", "experiments", "compression_results", "parity", "was-wrong", "benchmarks")
 """Pages that benchmarks write; a checkout without them builds all the same."""
 
 _ROLE = re.compile(r":(?:py:)?(class|func|meth|mod|data|attr|math):`([^`]+)`")
