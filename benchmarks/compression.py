@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
 
@@ -34,6 +36,7 @@ from recipe_report import NOTHING, paired, spread
 from recipe_tasks import TASKS
 
 import textbrewer
+from textbrewer import compression
 
 TASK = "sst2"
 SIZES = {"1 x 32": (1, 32), "8 x 128": (8, 128)}
@@ -103,17 +106,32 @@ def measure_latency(grid: Grid) -> None:
         if isinstance(method, Compressed) and method.shape not in models:
             models[method.shape] = method.example(base)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": ROUNDS, "versions": recipe_grid.versions()}
-    for size, (rows, length) in SIZES.items():
-        ids = torch.randint(1000, 2000, (rows, length), generator=torch.Generator().manual_seed(0))
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        found[size] = timed({name: runner(model, batch) for name, model in models.items()})
-        print(f"{size}: " + ", ".join(f"{name} {times['median']:.1f} ms" for name, times in found[size].items()))
+    batches = {size: random_batch(*shape) for size, shape in SIZES.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        exported = {f"6 layers, ONNX {kind}": export(base, kind, batches, Path(folder)) for kind in ("float32", "int8")}
+        for size, batch in batches.items():
+            calls = {name: runner(model.eval(), batch) for name, model in models.items()}
+            found[size] = timed(calls | {name: runner(model, batch) for name, model in exported.items()})
+            print(f"{size}: " + ", ".join(f"{name} {times['median']:.1f} ms" for name, times in found[size].items()))
     recipe_grid.write(grid.results / "latency-compression.json", json.dumps(found, indent=1) + "\n")
 
 
-def runner(model: torch.nn.Module, batch: dict[str, Any]) -> Callable[[], Any]:
+def random_batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Return a batch without padding."""
+    ids = torch.randint(1000, 2000, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def export(model: torch.nn.Module, kind: str, batches: dict[str, Any], folder: Path) -> Callable[..., Any]:
+    """Return a model as ONNX Runtime runs it, with as many threads as torch; its head is random."""
+    path, quantize = folder / f"{kind}.onnx", None if kind == "float32" else kind
+    bounds = {} if quantize is None else {"tolerance": 10.0, "agreement": 0.0}
+    compression.export(model, path, data=list(batches.values()), quantize=quantize, **bounds)
+    return compression.load_exported(path, threads=torch.get_num_threads())
+
+
+def runner(model: Callable[..., Any], batch: dict[str, Any]) -> Callable[[], Any]:
     """Return a function that runs a model on a batch."""
-    model.eval()
 
     @torch.inference_mode()
     def run() -> Any:

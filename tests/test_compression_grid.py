@@ -66,7 +66,8 @@ def test_latency_of_each_shape(compression, arguments, capsys):
     folder, options = arguments
     assert compression.main([*options, "--latency"]) == 0
     found = json.loads((folder / "results" / "latency-compression.json").read_text())
-    assert set(found["1 x 32"]) == {"6 layers", "50% pruned", "70% pruned", "3 layers", "50% by low rank"}
+    pruned = {"50% pruned", "70% pruned", "3 layers", "50% by low rank"}
+    assert set(found["1 x 32"]) == {"6 layers", *pruned, "6 layers, ONNX float32", "6 layers, ONNX int8"}
     assert all(0 < times["low"] <= times["median"] <= times["high"] for times in found["8 x 128"].values())
     assert compression.main([*options, "--report"]) == 0
     assert "## Latency" in (folder / "docs" / "compression_results.md").read_text(encoding="utf-8")
