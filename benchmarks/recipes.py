@@ -160,14 +160,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def set_up(options: argparse.Namespace) -> Grid:
+    """Make the process ready for what the command line asks for, and return the grid."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tiny = options.size == "tiny"
-    grid = Grid(options.results, options.work, options.data, str(get_model_path()), options.threads, tiny)
+    return Grid(options.results, options.work, options.data, str(get_model_path()), options.threads, tiny)
+
+
+def train_missing(grid: Grid, options: argparse.Namespace) -> int:
+    """Train what is missing, and return the exit status."""
+    headline.print_header(options.threads, textbrewer=textbrewer.__version__)
+    return 1 if work_through(grid, options) else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    grid = set_up(options)
     if options.report:
         recipe_report.write(grid, options.docs)
     elif options.list:
@@ -175,8 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.latency:
         recipe_report.measure_latency(grid, options.tasks)
     else:
-        headline.print_header(options.threads, textbrewer=textbrewer.__version__)
-        return 1 if work_through(grid, options) else 0
+        return train_missing(grid, options)
     return 0
 
 

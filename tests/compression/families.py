@@ -3,6 +3,7 @@
 import torch
 
 from tests.students.models import VOCABULARY, batch_for, make
+from textbrewer import compression
 
 NINE = ("bert-classifier", "roberta", "distilbert", "electra", "gpt2", "llama", "qwen2", "bart", "t5", "vit")
 GROUPED = ("llama", "mistral", "qwen2")
@@ -56,3 +57,33 @@ def gradients(model, batch):
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def check_generation(masked):
+    """What is shrunk writes what the masked model writes, with a cache and without."""
+    small = masked.shrink()
+    tokens = batch_for(small)["input_ids"]
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    with torch.no_grad():
+        cached = small.generate(tokens, use_cache=True, **settings)
+        plain = small.generate(tokens, use_cache=False, **settings)
+        theirs = masked.model.generate(tokens, use_cache=True, **settings)
+    assert torch.equal(cached, plain)
+    assert torch.equal(cached, theirs)
+
+
+def check_training_on(small, folder):
+    """A model that was saved and loaded learns as the one that was not."""
+    compression.save(small, folder)
+    losses = []
+    for model in (small, compression.load(folder)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        values = []
+        for seed in range(3):
+            loss, found = gradients(model, with_labels(model, seed))
+            assert any(gradient is not None for gradient in found.values())
+            optimizer.step()
+            values.append(float(loss))
+        losses.append(values)
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]

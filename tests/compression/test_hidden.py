@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from tests.compression.families import NINE, cast, double, gradients, mild, with_labels
+from tests.compression.families import NINE, cast, check_generation, double, gradients, mild, with_labels
 from tests.students.models import HEADS, HIDDEN, LAYERS, MODELS, UNITS, WIDTH_OF_HEAD, batch_for, make, outputs_of
 from textbrewer.compression import Masked, Masks, Prune, factorize_
 from textbrewer.compression.sites import find_layout
@@ -244,15 +244,7 @@ def test_a_masked_t5_counts_as_the_shrunk_one_only_while_it_computes():
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "bart", "t5", "bert-decoder"])
 def test_generation_with_a_cache(name):
     masked = PLANS["half"].apply(double(name))
-    small = masked.shrink()
-    tokens = batch_for(small)["input_ids"]
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    with torch.no_grad():
-        cached = small.generate(tokens, use_cache=True, **settings)
-        plain = small.generate(tokens, use_cache=False, **settings)
-        theirs = masked.model.generate(tokens, use_cache=True, **settings)
-    assert torch.equal(cached, plain)
-    assert torch.equal(cached, theirs)
+    check_generation(masked)
 
 
 def test_masked_trains_and_shrinks_to_what_it_became():

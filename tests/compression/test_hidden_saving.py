@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.compression.families import NINE, gradients, with_labels
+from tests.compression.families import NINE, check_training_on
 from tests.compression.test_hidden import assert_same
 from tests.compression.test_saving import IN_A_NEW_PROCESS, OWN, Encoder, bytes_of_tensors, run
 from tests.students.models import HIDDEN, MODELS, batch_for, make, outputs_of, same
@@ -62,19 +62,7 @@ def test_a_loaded_model_is_the_saved_one(name, tmp_path):
 @pytest.mark.parametrize("name", NINE)
 def test_a_loaded_model_trains_as_the_saved_one(name, tmp_path):
     small = Masked(make(name), {"hidden": TEN}).shrink()
-    compression.save(small, tmp_path)
-    losses = []
-    for model in (small, compression.load(tmp_path)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        values = []
-        for seed in range(3):
-            loss, found = gradients(model, with_labels(model, seed))
-            assert any(gradient is not None for gradient in found.values())
-            optimizer.step()
-            values.append(float(loss))
-        losses.append(values)
-    assert losses[0] == losses[1]
-    assert losses[0][0] != losses[0][1]
+    check_training_on(small, tmp_path)
 
 
 @pytest.mark.parametrize("name", NINE)

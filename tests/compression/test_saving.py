@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import textbrewer
-from tests.compression.families import NINE, gradients, with_labels
+from tests.compression.families import NINE, check_training_on, with_labels
 from tests.students.models import HIDDEN, LAYERS, MODELS, UNITS, batch_for, make, outputs_of, same
 from textbrewer import compression, files
 from textbrewer.compression import Masked, Prune, factorize_
@@ -86,19 +86,7 @@ def test_a_loaded_model_is_the_saved_one(name, tmp_path):
 @pytest.mark.parametrize("name", NINE)
 def test_a_loaded_model_trains_as_the_saved_one(name, tmp_path):
     small = UNEVEN.apply(make(name)).shrink()
-    compression.save(small, tmp_path)
-    losses = []
-    for model in (small, compression.load(tmp_path)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        values = []
-        for seed in range(3):
-            loss, found = gradients(model, with_labels(model, seed))
-            assert any(gradient is not None for gradient in found.values())
-            optimizer.step()
-            values.append(float(loss))
-        losses.append(values)
-    assert losses[0] == losses[1]
-    assert losses[0][0] != losses[0][1]
+    check_training_on(small, tmp_path)
 
 
 def test_a_loaded_model_is_distilled_further(tmp_path):

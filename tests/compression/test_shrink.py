@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.compression.families import GROUPED, NINE, READERS, cast, double, gradients, mild, with_labels
+from tests.compression.families import (
+    GROUPED,
+    NINE,
+    READERS,
+    cast,
+    check_generation,
+    double,
+    gradients,
+    mild,
+    with_labels,
+)
 from tests.students.models import HEADS, HIDDEN, LAYERS, MODELS, UNITS, batch_for, make, outputs_of
 from textbrewer.compression import Masked, Masks, Prune
 from textbrewer.students import init_student_from_teacher
@@ -182,15 +192,7 @@ def test_dropped_layers_are_those_of_a_student_without_them(name):
 @pytest.mark.parametrize("plan", PLANS)
 def test_generation_with_a_cache(name, plan):
     masked = PLANS[plan].apply(double(name))
-    small = masked.shrink()
-    tokens = batch_for(small)["input_ids"]
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    with torch.no_grad():
-        cached = small.generate(tokens, use_cache=True, **settings)
-        plain = small.generate(tokens, use_cache=False, **settings)
-        theirs = masked.model.generate(tokens, use_cache=True, **settings)
-    assert torch.equal(cached, plain)
-    assert torch.equal(cached, theirs)
+    check_generation(masked)
 
 
 def test_what_modules_and_config_say_follows():

@@ -1,7 +1,8 @@
-"""Which units go, given how important each is: in each layer alike, or those least important in the whole model."""
+"""What goes, given how important each unit or weight is: in each place alike, or the least important of all places."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,10 +10,41 @@ from torch import Tensor
 
 from textbrewer.compression.sites import Site
 
-__all__ = ["choose_global", "choose_uniform"]
+__all__ = ["SCOPES", "choose_global", "choose_uniform", "choose_units", "count", "keep_largest", "kept_weights"]
 
-# A share such as 0.7 of 10 units is 7, though the product is a little less.
-_TOLERANCE = 1e-9
+SCOPES = ("uniform", "global")
+"""The same share of each place, or the lowest scores of all together."""
+
+
+def count(share: float, number: int) -> int:
+    """Return a share of a number, rounded down; 0.7 of 10 is 7, though the product is a little less."""
+    return math.floor(share * number * (1 + 1e-12) + 1e-9)
+
+
+def choose_units(
+    sites: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    share: float,
+    scope: str,
+    minimum: int,
+    maximum: float = 1.0,
+) -> dict[str, Tensor]:
+    """Return masks that leave out the least important units: see :func:`choose_uniform`, :func:`choose_global`.
+
+    Args:
+        sites: of one kind.
+        scores: ``(units,)`` by site.
+        share: how much goes.
+        scope: one of :data:`SCOPES`.
+        minimum: how many units of each must stay.
+        maximum: the largest share of a site that may go, with ``"global"``.
+
+    Raises:
+        ValueError: if fewer would stay, or the limits protect more than may stay.
+    """
+    if scope == "uniform":
+        return choose_uniform(sites, scores, share, minimum)
+    return choose_global(sites, scores, share, minimum, maximum)
 
 
 def choose_uniform(
@@ -31,7 +63,7 @@ def choose_uniform(
     """
     masks = {}
     for site in sites:
-        stays = site.units - int(share * site.units + _TOLERANCE)
+        stays = site.units - count(share, site.units)
         if stays < min(minimum, site.units):
             raise ValueError(
                 f"minimum must be at most what stays, got {minimum}: {site.kind}={share} leaves {stays} of the "
@@ -62,8 +94,8 @@ def choose_global(
         ValueError: if the limits protect more than may stay.
     """
     masks = {site.name: torch.ones(site.units, dtype=torch.bool) for site in sites}
-    protected = {site.name: max(minimum, site.units - int(maximum * site.units + _TOLERANCE)) for site in sites}
-    left = budget = int(share * sum(site.units * site.cost for site in sites) + _TOLERANCE)
+    protected = {site.name: max(minimum, site.units - count(maximum, site.units)) for site in sites}
+    left = budget = count(share, sum(site.units * site.cost for site in sites))
     ranked = [
         (score, -place, -unit)
         for place, site in enumerate(sites)
@@ -80,3 +112,44 @@ def choose_global(
             f"got {share}: only {budget - left} of {budget} can go; lower it, or loosen them"
         )
     return masks
+
+
+def keep_largest(scores: Tensor, number: int) -> Tensor:
+    """Return booleans, true for the ``number`` largest of some scores ``(n,)``; of equal ones the first stay."""
+    gone = scores.numel() - number
+    if gone <= 0 or number <= 0:
+        return torch.full_like(scores, gone <= 0, dtype=torch.bool)
+    limit = scores.kthvalue(gone).values  # the highest score of what goes
+    keep, tied = scores > limit, scores == limit
+    return keep | (tied & (tied.cumsum(0) <= number - keep.sum()))
+
+
+def kept_weights(scores: Sequence[Tensor], share: float, scope: str, maximum: float = 1.0) -> list[Tensor]:
+    """Return which weights, or blocks of one size, stay if those of the lowest scores go; of equal ones the first.
+
+    Args:
+        scores: ``(count,)`` of each parameter, below infinity.
+        share: how many go, rounded down.
+        scope: one of :data:`SCOPES`.
+        maximum: the largest share of one parameter's that may go, with ``"global"``.
+
+    Returns:
+        Booleans ``(count,)`` for each, on the scores' devices.
+
+    Raises:
+        ValueError: if the limit protects more than may stay.
+    """
+    if scope == "uniform":
+        return [keep_largest(score, score.numel() - count(share, score.numel())) for score in scores]
+    free = []
+    for score in scores:
+        protected = keep_largest(score, score.numel() - count(maximum, score.numel()))
+        free.append(score.masked_fill(protected & (maximum < 1), torch.inf).to(scores[0].device))
+    joined = torch.cat(free)
+    going = count(share, joined.numel())
+    if going > int((joined < torch.inf).sum()):
+        raise ValueError(
+            f"amount must be a share that maximum={maximum} leaves room for, got {share}; lower it, or loosen the limit"
+        )
+    kept = torch.split(keep_largest(joined, joined.numel() - going), [score.numel() for score in scores])
+    return [mask.to(score.device) for score, mask in zip(scores, kept, strict=True)]

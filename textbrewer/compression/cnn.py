@@ -21,7 +21,7 @@ from textbrewer import checks
 from textbrewer.adaptors import Adaptor
 from textbrewer.compression.channel_groups import ChannelGroup, groups_of, tensors_in, traced
 from textbrewer.compression.channel_scores import CHANNEL_SCORES, Scorer, add_gradients, check_data
-from textbrewer.compression.choosing import choose_global, choose_uniform
+from textbrewer.compression.choosing import choose_units
 from textbrewer.compression.gates import has_gates
 from textbrewer.compression.quantized_weights import quantized_names
 from textbrewer.compression.structure import STRUCTURES
@@ -149,10 +149,7 @@ def _choose(
             'the model must have channels that can be taken out (for score="slim", that a BatchNorm normalises), got '
             "none beside those that it returns and those in exclude"
         )
-    if scope == "uniform":
-        masks = choose_uniform(sites, scores, ratio, minimum)
-    else:
-        masks = choose_global(sites, scores, ratio, minimum, maximum)
+    masks = choose_units(sites, scores, ratio, scope, minimum, maximum)
     if all(bool(mask.all()) for mask in masks.values()):
         largest = max(site.units for site in sites)
         raise ValueError(f"ratio must be large enough to take one of {largest} channels, got {ratio}: nothing would go")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -197,6 +197,22 @@ class _Meter:
         """Return the states of real positions, ``(positions, features)``."""
         mask = real_positions(self.batch, self.decoder, states.shape[:-1])
         return states.flatten(0, -2) if mask is None else states[mask]
+
+
+def check_data(score: str | Mapping[str, Tensor], needing: Collection[str], dataloader: Any, remedy: str) -> None:
+    """Raise ValueError unless data is given where a score needs it, and only there.
+
+    Args:
+        score: a name, or scores that the user worked out.
+        needing: the names of those that need data.
+        dataloader: what was given.
+        remedy: how to pass it, for the message.
+    """
+    needs = isinstance(score, str) and score in needing
+    if needs and dataloader is None:
+        raise ValueError(f"score={score!r} needs data: pass {remedy}")
+    if not needs and dataloader is not None:
+        raise ValueError(f"dataloader must be None for score={score!r}, which does not read it; leave it out")
 
 
 def batches_on(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:

@@ -13,46 +13,39 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from textbrewer.compression.hidden_gates import FeatureGate, open_features
+from textbrewer.compression.hidden_gates import Gate, open_features
 from textbrewer.compression.sites import Site
 from textbrewer.layouts.residual import Residual
 
 __all__ = ["close", "has_gates", "open_gates", "strip_gates"]
 
 
-class _UnitGate:
-    """Multiplies the units that a module reads; a copy of the module gets a copy of it."""
-
-    def __init__(self, factors: Tensor, resting: Tensor | None = None) -> None:
-        self.factors, self.resting = factors, resting
+class _UnitGate(Gate):
+    """Multiplies the units that a module reads."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         states, *rest = inputs
-        factors = _now(self, module).to(device=states.device, dtype=states.dtype)
+        factors = self.now(module).to(device=states.device, dtype=states.dtype)
         return (states * factors.repeat_interleave(states.shape[-1] // len(factors)), *rest)
 
 
-class _LayerGate:
+class _LayerGate(Gate):
     """Multiplies what a layer changes of the hidden states."""
 
     def __init__(self, factors: Tensor, number: int, resting: Tensor | None = None) -> None:
-        self.factors, self.number, self.resting = factors, number, resting
+        super().__init__(factors, resting)
+        self.number = number
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
         before = layer_input(inputs, named)
         after, *rest = output if isinstance(output, tuple) else (output,)
-        factors = _now(self, module)
+        factors = self.now(module)
         if not factors.requires_grad:
             states = after if factors[self.number] else before
         else:
             factor = factors[self.number].to(device=before.device, dtype=before.dtype)
             states = before + factor * (after - before)
         return (states, *rest) if isinstance(output, tuple) else states
-
-
-def _now(gate: _UnitGate | _LayerGate, module: nn.Module) -> Tensor:
-    """Return a gate's factors in a module's mode."""
-    return gate.factors if module.training or gate.resting is None else gate.resting
 
 
 def layer_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
@@ -119,7 +112,7 @@ def strip_gates(model: nn.Module) -> None:
 
 
 def _gates(hooks: Mapping[int, Any]) -> list[int]:
-    return [key for key, hook in hooks.items() if isinstance(hook, (_UnitGate, _LayerGate, FeatureGate))]
+    return [key for key, hook in hooks.items() if isinstance(hook, Gate)]
 
 
 def _hooks(module: nn.Module) -> list[tuple[dict[int, Any], list[dict[int, Any]]]]:

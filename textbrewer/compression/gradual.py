@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from textbrewer import checks
 from textbrewer.callbacks import TrainingRun
-from textbrewer.compression.choosing import choose_global, choose_uniform
-from textbrewer.compression.data_scores import DATA_SCORES
+from textbrewer.compression.choosing import choose_units
+from textbrewer.compression.data_scores import DATA_SCORES, check_data
 from textbrewer.compression.gates import close, open_gates
 from textbrewer.compression.masked import Masked
 from textbrewer.compression.on_schedule import OnSchedule
@@ -177,10 +177,8 @@ class GradualPruning(OnSchedule):
             scores[name] = scores[name].cpu().double().masked_fill(factors.cpu() == 0, -torch.inf)
         for kind, share in shares.items():
             sites = [site for site in self._sites if site.kind == kind]
-            if self.plan.scope == "uniform":
-                masks = choose_uniform(sites, scores, share, int(self.plan.minimum))
-            else:
-                masks = choose_global(sites, scores, share, int(self.plan.minimum), self.plan.maximum)
+            plan = self.plan
+            masks = choose_units(sites, scores, share, plan.scope, int(plan.minimum), plan.maximum)
             for name, mask in masks.items():
                 # In place, as the hooks hold it. A resumed run that is longer may want less gone than there is.
                 self._factors[name].mul_(mask.to(self._factors[name].device))
@@ -236,8 +234,5 @@ def _check_plan(plan: Prune, shares: Mapping[str, float], initial: float, datalo
             )
     if isinstance(initial, (int, float)) and initial > min(shares.values()):
         raise ValueError(f"initial must be at most each share that the plan takes, got {initial} and {dict(shares)}")
-    needs = isinstance(plan.score, str) and plan.score in DATA_SCORES and plan.score != "taylor"
-    if needs and dataloader is None:
-        raise ValueError(f"score={plan.score!r} needs data: pass GradualPruning(..., dataloader=...)")
-    if not needs and dataloader is not None:
-        raise ValueError(f"dataloader must be None for score={plan.score!r}, which does not read it; leave it out")
+    needing = DATA_SCORES.keys() - {"taylor"}  # which reads the run's gradients here
+    check_data(plan.score, needing, dataloader, "GradualPruning(..., dataloader=...)")

@@ -14,14 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from textbrewer.layouts.residual import Residual
 
-__all__ = ["FeatureGate", "open_features", "open_reading"]
+__all__ = ["Gate", "open_features", "open_reading"]
 
 
-class FeatureGate:
-    """Does something about hidden features that some factors are for; a copy of the module gets a copy of it.
+class Gate:
+    """Does something with the factors of a model's units, as a hook; a copy of the module gets a copy of it.
 
     Args:
-        factors: ``(features,)``, 0 for what is left out.
+        factors: ``(units,)``, 0 for what is left out.
         resting: others that count while the module is in eval mode.
     """
 
@@ -31,6 +31,10 @@ class FeatureGate:
     def now(self, module: nn.Module) -> Tensor:
         """Return the factors in a module's mode."""
         return self.factors if module.training or self.resting is None else self.resting
+
+
+class _FeatureGate(Gate):
+    """A gate of hidden features."""
 
     def scaled(self, module: nn.Module, states: Tensor) -> Tensor:
         """Return states times the factors, along the axis of the features: the last one, but of images the first."""
@@ -44,7 +48,7 @@ class FeatureGate:
         return states * factors.reshape(-1, *[1] * behind)
 
 
-class _Reading(FeatureGate):
+class _Reading(_FeatureGate):
     """Multiplies the features that a module reads."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -52,7 +56,7 @@ class _Reading(FeatureGate):
         return (self.scaled(module, states), *rest)
 
 
-class _Writing(FeatureGate):
+class _Writing(_FeatureGate):
     """Multiplies the features that a module writes."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -61,7 +65,7 @@ class _Writing(FeatureGate):
         return self.scaled(module, output)
 
 
-class _Normalising(FeatureGate):
+class _Normalising(Gate):
     """Lets a norm see the features that are left, and no others: their mean, their variance, their number."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ class _Normalising(FeatureGate):
         return normed.new_zeros(states.shape).index_copy(-1, kept, normed)
 
 
-class _Counting(FeatureGate):
+class _Counting(Gate):
     """Makes the numbers that a module keeps about the features true while it computes, and puts them back after it."""
 
     def __init__(self, factors: Tensor, resting: Tensor | None, names: Sequence[str], roots: Sequence[str]) -> None:

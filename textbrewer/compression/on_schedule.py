@@ -8,6 +8,7 @@ from typing import Any
 
 from textbrewer.callbacks import StepCallback, TrainingRun
 from textbrewer.compression.pruning_schedules import PruningSchedule, pruning_due, sparsity_at
+from textbrewer.compression.trained.targets import check_settings
 
 __all__ = ["OnSchedule"]
 
@@ -72,10 +73,5 @@ class OnSchedule(StepCallback):
         Raises:
             ValueError: if its settings were others.
         """
-        for name, value in self._settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"{type(self).__name__} must have the settings that the checkpoint was written with, got "
-                    f"{name}={value!r} and not {state['settings'].get(name)!r}"
-                )
+        check_settings(self._settings, state["settings"], type(self).__name__)
         self._last = int(state["last"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,19 +12,17 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.adaptors import Adaptor
-from textbrewer.compression.choosing import choose_global, choose_uniform
-from textbrewer.compression.data_scores import DATA_SCORES
+from textbrewer.compression.choosing import SCOPES, choose_uniform, choose_units
+from textbrewer.compression.data_scores import DATA_SCORES, check_data
 from textbrewer.compression.gates import has_gates
 from textbrewer.compression.hidden_scores import HIDDEN_SCORES, score_by_weights
 from textbrewer.compression.masked import Masked
 from textbrewer.compression.masks import Masks
-from textbrewer.compression.prune_places import check_whole, given_scores, stays, touches
+from textbrewer.compression.prune_places import check_whole, chosen_modules, given_scores, stays, touches
 from textbrewer.compression.sites import HIDDEN, Layout, Site, find_layout
 from textbrewer.compression.weight_scores import WEIGHT_SCORES
 
 __all__ = ["Prune"]
-
-_SCOPES = ("uniform", "global")
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class Prune:
                 "one of heads, ffn, hidden and layers must be more than 0, got 0 for all: nothing would be pruned"
             )
         self._check_score()
-        checks.one_of(self.scope, _SCOPES, "scope")
+        checks.one_of(self.scope, SCOPES, "scope")
         checks.integer(self.minimum, "minimum", minimum=1)
         checks.number(self.maximum, "maximum", above=0, maximum=1)
         if self.maximum < 1 and self.scope != "global":
@@ -140,12 +137,12 @@ class Prune:
         The arguments and errors are those of :meth:`apply`.
         """
         checks.is_a(model, nn.Module, "model", "a torch.nn.Module")
-        self._check_data(dataloader)
+        check_data(self.score, DATA_SCORES, dataloader, "apply(model, dataloader)")
         if has_gates(model):
             raise ValueError("model must not be masked already; shrink it first, and prune what comes out")
         layout = find_layout(model, hidden=bool(self.hidden))
-        check_whole(model, layout)
-        excluded = self._excluded(model)
+        check_whole(model, layout.sites)
+        excluded = chosen_modules(model, self.exclude, "exclude")
         wanted = [site for site in layout.sites if self._amount(site.kind) and not touches(site, excluded)]
         scores = self.scores(model, layout, wanted, dataloader, adaptor)
         return Masks(self._choose(layout, wanted, scores, excluded))
@@ -191,11 +188,11 @@ class Prune:
             if not left:
                 remedy = "; hidden features are the same everywhere, so set hidden=0" if kind == HIDDEN else ""
                 raise ValueError(f"exclude must leave something to prune of {kind}, got {list(self.exclude)}{remedy}")
-            if self.scope == "uniform" or kind == HIDDEN:
-                minimum = 1 if kind == HIDDEN else int(self.minimum)
-                chosen = choose_uniform(left, scores, self._amount(kind), minimum)
+            if kind == HIDDEN:  # one place
+                chosen = choose_uniform(left, scores, self.hidden, 1)
             else:
-                chosen = choose_global(left, scores, self._amount(kind), int(self.minimum), self.maximum)
+                limits = int(self.minimum), self.maximum
+                chosen = choose_units(left, scores, self._amount(kind), self.scope, *limits)
             if all(mask.all() for mask in chosen.values()):
                 largest = max(site.units for site in left)
                 raise ValueError(f"{kind} must be large enough to take one of {largest}, got {self._amount(kind)}")
@@ -219,25 +216,3 @@ class Prune:
 
     def _amount(self, kind: str) -> float:
         return {"heads": self.heads, "ffn": self.ffn, HIDDEN: self.hidden, "layers": self.layers}[kind]
-
-    def _check_data(self, dataloader: Iterable[Any] | None) -> None:
-        needs = isinstance(self.score, str) and self.score in DATA_SCORES
-        if needs and dataloader is None:
-            raise ValueError(f"score={self.score!r} needs data: pass apply(model, dataloader)")
-        if not needs and dataloader is not None:
-            raise ValueError(f"dataloader must be None for score={self.score!r}, which does not read it; leave it out")
-
-    def _excluded(self, model: nn.Module) -> set[str]:
-        """Return the modules that nothing may be taken from.
-
-        Raises:
-            KeyError: if a name or pattern fits none.
-        """
-        found: set[str] = set()
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-        for pattern in self.exclude:
-            fits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-            if not fits:
-                raise KeyError(f"exclude: the model ({type(model).__name__}) has no module {pattern!r}")
-            found |= {name for name in names if any(name == one or name.startswith(one + ".") for one in fits)}
-        return found

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tests.students.models import HEADS, HIDDEN, UNITS, make
-from textbrewer.compression.trained.choosing import keep_largest, largest, share_gone
+from textbrewer.compression.choosing import keep_largest
+from textbrewer.compression.trained.choosing import largest, share_gone
 from textbrewer.compression.trained.groups import BlockGroups
 from textbrewer.compression.trained.targets import unit_groups, weight_groups
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.callbacks import StepCallback, TrainingRun
+from textbrewer.compression.choosing import SCOPES
 from textbrewer.compression.masks import Masks
 from textbrewer.compression.pruning_schedules import PruningSchedule
-from textbrewer.compression.sites import find_layout
-from textbrewer.compression.trained import choosing, holding, targets
+from textbrewer.compression.trained import choosing, targets
 from textbrewer.compression.trained.groups import Groups
-from textbrewer.compression.trained.results import checked, masks_of_units, masks_of_zeros, weight_masks
+from textbrewer.compression.trained.holding import Held
+from textbrewer.compression.trained.results import checked, masks_left, weight_masks
 
 __all__ = ["ADMMPruning"]
 
@@ -99,7 +100,7 @@ class ADMMPruning(StepCallback):
             raise ValueError('modules must be None with structure="units"; name what is left alone in exclude')
         targets.check_patterns(modules, "modules")
         targets.check_patterns(exclude, "exclude")
-        checks.one_of(scope, choosing.SCOPES, "scope")
+        checks.one_of(scope, SCOPES, "scope")
         checks.integer(minimum, "minimum", minimum=1)
         self.schedule = PruningSchedule("linear", begin, end, every)
         self.rho, self.structure, self.modules, self.exclude = rho, structure, modules, exclude
@@ -132,7 +133,7 @@ class ADMMPruning(StepCallback):
     def after_backward(self, step: int) -> None:
         """Add the penalty's gradient."""
         if self._stays is not None:
-            holding.keep_out_gradients(self._groups, self._stays)
+            Held.of_groups(self._groups, self._stays).gradients_to_zero()
         elif step >= self._begin:
             for _, parameter, sparse, dual in self._weights():
                 pull = self.rho * (parameter - sparse + dual)
@@ -142,7 +143,7 @@ class ADMMPruning(StepCallback):
     def after_step(self, step: int) -> dict[str, Tensor | float] | None:
         """Update the sparse copy when it is time, and prune at the end."""
         if self._stays is not None:
-            holding.keep_out(self._groups, self._stays)
+            Held.of_groups(self._groups, self._stays).weights_to_zero()
         elif step >= self._end:
             self._prune()
         elif step < self._begin:
@@ -167,10 +168,7 @@ class ADMMPruning(StepCallback):
         Raises:
             ValueError: if nothing was pruned yet, the model's family is unknown, or nothing whole has gone.
         """
-        student, stays = checked(self._student), self._pruned()
-        if self.structure == "units":
-            return masks_of_units(self._groups, stays)
-        return masks_of_zeros(student, find_layout(student), weight_masks(self._groups, stays))
+        return masks_left(checked(self._student), self.structure, self._groups, self._pruned())
 
     def weight_masks(self) -> dict[str, Tensor]:
         """Return which weights stay, booleans shaped as the parameters, by name.
@@ -255,7 +253,7 @@ class ADMMPruning(StepCallback):
     def _prune(self) -> None:
         """Set all weights to zero that are not among the largest."""
         self._stays = self._largest([list(one.parameters.values()) for one in self._groups])
-        holding.keep_out(self._groups, self._stays)
+        Held.of_groups(self._groups, self._stays).weights_to_zero()
         self._forget()
 
     def _forget(self) -> None:

@@ -7,26 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from textbrewer.compression.choosing import choose_global, choose_uniform
+from textbrewer.compression.choosing import choose_units, keep_largest, kept_weights
 from textbrewer.compression.trained.groups import Groups, UnitGroups
 
-__all__ = ["SCOPES", "above", "keep_largest", "largest", "share_gone"]
-
-SCOPES = ("uniform", "global")
-"""The same share of each place, or the lowest scores of all together."""
-
-# A share such as 0.7 of 10 is 7, though the product is a little less.
-_TOLERANCE = 1e-9
-
-
-def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Return booleans, true for the ``count`` largest of some scores ``(n,)``; of equal ones the first stay."""
-    gone = scores.numel() - count
-    if gone <= 0 or count <= 0:
-        return torch.full_like(scores, gone <= 0, dtype=torch.bool)
-    limit = scores.kthvalue(gone).values  # the highest score of what goes
-    keep, tied = scores > limit, scores == limit
-    return keep | (tied & (tied.cumsum(0) <= count - keep.sum()))
+__all__ = ["above", "largest", "share_gone"]
 
 
 def largest(
@@ -42,7 +26,7 @@ def largest(
         groups: of any kinds.
         scores: of each, ``(count,)``.
         shares: how much of each kind goes, rounded down; kinds that are not there stay whole.
-        scope: one of :data:`SCOPES`.
+        scope: one of :data:`~textbrewer.compression.choosing.SCOPES`.
         minimum: how many heads or units of each site must stay.
 
     Returns:
@@ -58,7 +42,7 @@ def largest(
             continue
         some = [scores[number] for number in places]
         if kind == "weights":
-            found = _weights(some, share, scope)
+            found = kept_weights(some, share, scope)
         else:
             found = _units([groups[number] for number in places], some, share, scope, minimum)
         for number, mask in zip(places, found, strict=True):
@@ -93,19 +77,8 @@ def share_gone(groups: Sequence[Groups], masks: Sequence[Tensor]) -> Tensor:
     return torch.stack(gone).sum() / sum(one.size for one in groups)
 
 
-def _weights(scores: Sequence[Tensor], share: float, scope: str) -> list[Tensor]:
-    if scope == "uniform":
-        return [keep_largest(score, score.numel() - int(share * score.numel() + _TOLERANCE)) for score in scores]
-    joined = torch.cat([score.to(scores[0].device) for score in scores])
-    kept = keep_largest(joined, joined.numel() - int(share * joined.numel() + _TOLERANCE))
-    return list(torch.split(kept, [score.numel() for score in scores]))
-
-
 def _units(groups: Sequence[Groups], scores: Sequence[Tensor], share: float, scope: str, minimum: int) -> list[Tensor]:
     sites = [one.site for one in groups if isinstance(one, UnitGroups)]
     by_site = {one.name: score.double().cpu() for one, score in zip(groups, scores, strict=True)}
-    if scope == "uniform":
-        found = choose_uniform(sites, by_site, share, minimum)
-    else:
-        found = choose_global(sites, by_site, share, minimum, 1.0)
+    found = choose_units(sites, by_site, share, scope, minimum)
     return [found[one.name] for one in groups]

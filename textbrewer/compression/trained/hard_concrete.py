@@ -15,8 +15,9 @@ from textbrewer.compression.gates import close, open_gates
 from textbrewer.compression.masks import Masks
 from textbrewer.compression.pruning_schedules import PruningSchedule, sparsity_at, step_of
 from textbrewer.compression.sites import Layout, find_layout
-from textbrewer.compression.trained import concrete, holding, targets
+from textbrewer.compression.trained import concrete, targets
 from textbrewer.compression.trained.expected_size import ExpectedSize
+from textbrewer.compression.trained.holding import Held
 from textbrewer.compression.trained.learned_factors import FactorSettings, LearnedFactors
 from textbrewer.compression.trained.results import checked
 
@@ -154,7 +155,7 @@ class HardConcretePruning(StepCallback):
     def after_backward(self, step: int) -> None:
         """Learn the distributions and the multipliers."""
         if self._fixed:
-            holding.keep_out_gradients(self._groups, self._stays())
+            Held.of_groups(self._groups, self._stays()).gradients_to_zero()
         if self._fixed or not self._open:
             return
         gradients = self._learned.gradients()
@@ -171,7 +172,7 @@ class HardConcretePruning(StepCallback):
         if not self._open:
             return None
         if self._fixed:
-            holding.keep_out(self._groups, self._stays())
+            Held.of_groups(self._groups, self._stays()).weights_to_zero()
         elif step >= self._end:
             if self.exact:
                 self._learned.meet(self.target)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.callbacks import StepCallback, TrainingRun
+from textbrewer.compression.choosing import SCOPES
 from textbrewer.compression.masks import Masks
 from textbrewer.compression.pruning_schedules import PruningSchedule, pruning_due, sparsity_at
-from textbrewer.compression.sites import find_layout
 from textbrewer.compression.trained import choosing, targets
 from textbrewer.compression.trained.groups import Block, Groups
-from textbrewer.compression.trained.results import checked, masks_of_units, masks_of_zeros, weight_masks
+from textbrewer.compression.trained.results import checked, masks_left, weight_masks
 
 __all__ = ["MovementPruning"]
 
@@ -124,7 +124,7 @@ class MovementPruning(StepCallback):
             raise ValueError('modules must be None with structure="units"; name what is left alone in exclude')
         targets.check_patterns(modules, "modules")
         targets.check_patterns(exclude, "exclude")
-        checks.one_of(scope, choosing.SCOPES, "scope")
+        checks.one_of(scope, SCOPES, "scope")
         if scope != "uniform" and self.soft:
             raise ValueError(f"scope must be left out with threshold, which is the same for all scores, got {scope!r}")
         checks.integer(minimum, "minimum", minimum=1)
@@ -209,10 +209,8 @@ class MovementPruning(StepCallback):
         Raises:
             ValueError: if there was no training yet, the model's family is unknown, or nothing whole has gone.
         """
-        student = checked(self._student)
-        if self.structure == "units":
-            return masks_of_units([one.groups for one in self._scored], [one.stays for one in self._scored])
-        return masks_of_zeros(student, find_layout(student), self.weight_masks())
+        student, scored = checked(self._student), self._scored
+        return masks_left(student, self.structure, [one.groups for one in scored], [one.stays for one in scored])
 
     def weight_masks(self) -> dict[str, Tensor]:
         """Return which weights stay, booleans shaped as the parameters, by name.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from textbrewer.compression.masks import Masks
-from textbrewer.compression.sites import Layout
+from textbrewer.compression.sites import Layout, find_layout
 from textbrewer.compression.trained.groups import Groups, UnitGroups
 from textbrewer.compression.trained.targets import UNITS
 
-__all__ = ["checked", "masks_of_units", "masks_of_zeros", "weight_masks"]
+__all__ = ["checked", "masks_left", "masks_of_units", "masks_of_zeros", "weight_masks"]
 
 
 def checked(student: nn.Module | None) -> nn.Module:
@@ -29,6 +29,17 @@ def checked(student: nn.Module | None) -> nn.Module:
 def masks_of_units(groups: Sequence[Groups], stays: Sequence[Tensor]) -> Masks:
     """Return the masks of sites."""
     return Masks({one.name: stay for one, stay in zip(groups, stays, strict=True)})
+
+
+def masks_left(model: nn.Module, structure: str, groups: Sequence[Groups], stays: Sequence[Tensor]) -> Masks:
+    """Return the masks of sites that a pruning leaves: of its own units, or of those that all weights are gone of.
+
+    Raises:
+        ValueError: if the model's family is unknown, or nothing whole has gone.
+    """
+    if structure == "units":
+        return masks_of_units(groups, stays)
+    return masks_of_zeros(model, find_layout(model), weight_masks(groups, stays))
 
 
 def masks_of_zeros(model: nn.Module, layout: Layout, masks: Mapping[str, Tensor]) -> Masks:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.callbacks import StepCallback, TrainingRun
+from textbrewer.compression.prune_places import chosen_modules
 from textbrewer.compression.trained import targets
 
 __all__ = ["SlimPenalty"]
@@ -66,8 +67,8 @@ class SlimPenalty(StepCallback):
         model = run.student
         names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         if self.modules is not None:
-            names = targets.chosen_modules(model, self.modules, "modules")
-        names -= targets.chosen_modules(model, self.exclude, "exclude")
+            names = chosen_modules(model, self.modules, "modules")
+        names -= chosen_modules(model, self.exclude, "exclude")
         found = {}
         for name, module in model.named_modules(remove_duplicate=False):
             weight = getattr(module, "weight", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from textbrewer import checks
 from textbrewer.callbacks import TrainingRun
 from textbrewer.compression.gates import has_gates
+from textbrewer.compression.prune_places import check_whole, chosen_modules, touches
 from textbrewer.compression.pruning_schedules import PruningSchedule
 from textbrewer.compression.sites import Layout, Site, find_layout
 from textbrewer.compression.structure import STRUCTURES
@@ -24,7 +24,6 @@ __all__ = [
     "check_patterns",
     "check_run",
     "check_settings",
-    "chosen_modules",
     "chosen_sites",
     "steps_of",
     "unit_groups",
@@ -115,22 +114,6 @@ def check_settings(own: Mapping[str, Any], stored: Mapping[str, Any], name: str)
             )
 
 
-def chosen_modules(model: nn.Module, patterns: Sequence[str], name: str) -> set[str]:
-    """Return the modules that patterns name, and those inside them.
-
-    Raises:
-        KeyError: if a pattern fits none.
-    """
-    names = [one for one, _ in model.named_modules(remove_duplicate=False) if one]
-    found: set[str] = set()
-    for pattern in patterns:
-        fits = set(fnmatch.filter(names, pattern))
-        if not fits:
-            raise KeyError(f"{name}: the model ({type(model).__name__}) has no module {pattern!r}")
-        found |= {one for one in names if any(one == fit or one.startswith(f"{fit}.") for fit in fits)}
-    return found
-
-
 def chosen_sites(layout: Layout, model: nn.Module, kinds: Sequence[str], exclude: Sequence[str]) -> list[Site]:
     """Return the sites of some kinds that are not excluded.
 
@@ -141,11 +124,7 @@ def chosen_sites(layout: Layout, model: nn.Module, kinds: Sequence[str], exclude
     excluded = chosen_modules(model, exclude, "exclude")
     found = []
     for kind in kinds:
-        sites = [
-            site
-            for site in layout.of(kind)
-            if site.inner is None or excluded.isdisjoint([*site.inner.readers, *site.inner.writers])
-        ]
+        sites = [site for site in layout.of(kind) if not touches(site, excluded)]
         if not sites:
             raise ValueError(f"exclude must leave something to prune of {kind}, got {list(exclude)}")
         found += sites
@@ -160,14 +139,8 @@ def unit_groups(model: nn.Module, kinds: Sequence[str], exclude: Sequence[str], 
         KeyError: if ``exclude`` names what the model has not.
     """
     sites = chosen_sites(find_layout(model), model, kinds, exclude)
+    check_whole(model, sites)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for site in sites:
-        for name, _ in site.inner.axes if site.inner is not None else ():
-            if name not in parameters:
-                raise ValueError(
-                    f"{name!r} must be a parameter of the model to be pruned, and is none: prune first, and factorise, "
-                    "quantise or wrap the layers of what comes out"
-                )
     return [UnitGroups(site, parameters, readers) for site in sites]
 
 

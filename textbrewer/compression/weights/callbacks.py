@@ -14,12 +14,13 @@ from textbrewer.compression.on_schedule import OnSchedule
 from textbrewer.compression.pruning_schedules import PruningSchedule
 from textbrewer.compression.running_taylor import RunningTaylor, check_decay, check_trained
 from textbrewer.compression.trained.groups import Groups
+from textbrewer.compression.trained.holding import Held
 from textbrewer.compression.trained.results import weight_masks
 from textbrewer.compression.trained.targets import check_patterns, weight_groups
 from textbrewer.compression.weights.masks import WeightMasks
 from textbrewer.compression.weights.plan import SparsePruning
 from textbrewer.compression.weights.scores import block_terms, choose_weights
-from textbrewer.compression.weights.sparse import Held, SparseWeights
+from textbrewer.compression.weights.sparse import SparseWeights
 
 __all__ = ["GradualSparsity", "KeepSparse"]
 
@@ -166,7 +167,7 @@ class GradualSparsity(OnSchedule):
             raise RuntimeError("masks need a run that has begun")
         self._stays = stays
         masks = self._masks()
-        self._held = Held(self._student, masks)
+        self._held = Held.by_name(self._student, masks)
         total = sum(mask.numel() for mask in masks.values())
         self._figures = {"sparsity": sum(int((~mask).sum()) for mask in masks.values()) / total}
 
@@ -246,7 +247,7 @@ class KeepSparse(StepCallback):
         if masks is None or all(bool(mask.all()) for mask in masks.values()):
             raise ValueError("the model must have weights that are zero, to be kept so, got none; prune it first")
         masks.check(self._student)
-        self.masks, self._held = masks, Held(self._student, masks)
+        self.masks, self._held = masks, Held.by_name(self._student, masks)
         self._held.weights_to_zero()
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.adaptors import Adaptor
+from textbrewer.compression.choosing import SCOPES
+from textbrewer.compression.data_scores import check_data
 from textbrewer.compression.trained.groups import Groups
 from textbrewer.compression.trained.results import weight_masks
 from textbrewer.compression.trained.targets import check_patterns, weight_groups
@@ -26,8 +28,6 @@ from textbrewer.compression.weights.scores import (
 from textbrewer.compression.weights.sparse import SparseWeights
 
 __all__ = ["SparsePruning"]
-
-_SCOPES = ("uniform", "global")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SparsePruning:
         if not isinstance(self.score, Mapping):
             checks.is_a(self.score, str, "score", "a name, or a dict of tensors by name of a weight")
             checks.one_of(self.score, [*MAGNITUDES, "taylor", "random"], "score")
-        checks.one_of(self.scope, _SCOPES, "scope")
+        checks.one_of(self.scope, SCOPES, "scope")
         checks.number(self.maximum, "maximum", above=0, maximum=1)
         if self.maximum < 1 and self.scope != "global":
             raise ValueError('maximum must be 1 unless scope="global": otherwise the same share goes everywhere')
@@ -109,10 +109,7 @@ class SparsePruning:
             KeyError: if a pattern names what the model has not.
         """
         checks.is_a(model, nn.Module, "model", "a torch.nn.Module")
-        if self.score == "taylor" and dataloader is None:
-            raise ValueError('score="taylor" needs data: pass apply(model, dataloader)')
-        if self.score != "taylor" and dataloader is not None:
-            raise ValueError(f"dataloader must be None for score={self.score!r}, which does not read it; leave it out")
+        check_data(self.score, ["taylor"], dataloader, "apply(model, dataloader)")
         groups = self.groups(model)
         if self.score == "taylor" and dataloader is not None:
             scores = taylor(model, groups, dataloader, adaptor)

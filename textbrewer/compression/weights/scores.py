@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from textbrewer import adaptors
 from textbrewer.adaptors import Adaptor
+from textbrewer.compression.choosing import kept_weights
 from textbrewer.compression.data_scores import batches_on, loss_of
 from textbrewer.compression.running_taylor import Terms
-from textbrewer.compression.trained.choosing import keep_largest
 from textbrewer.compression.trained.groups import Groups
 from textbrewer.hooks.forward import call, device_of, evaluating
 
@@ -124,28 +123,8 @@ def choose_weights(scores: Mapping[str, Tensor], share: float, scope: str, maxim
     for name, score in scores.items():
         if score.isnan().any() or (score == torch.inf).any():
             raise ValueError(f"scores must be finite, got NaN or infinity for {name!r}; look at the weights")
-    if scope == "uniform":
-        return {
-            name: keep_largest(score, score.numel() - count(share, score.numel())) for name, score in scores.items()
-        }
-    device = next(iter(scores.values())).device
-    free = []
-    for score in scores.values():
-        protected = keep_largest(score, score.numel() - count(maximum, score.numel()))
-        free.append(score.masked_fill(protected & (maximum < 1), torch.inf).to(device))
-    joined = torch.cat(free)
-    going = count(share, joined.numel())
-    if going > int((joined < torch.inf).sum()):
-        raise ValueError(
-            f"amount must be a share that maximum={maximum} leaves room for, got {share}; lower it, or loosen the limit"
-        )
-    kept = torch.split(keep_largest(joined, joined.numel() - going), [score.numel() for score in free])
-    return {name: mask.to(score.device) for (name, score), mask in zip(scores.items(), kept, strict=True)}
-
-
-def count(share: float, number: int) -> int:
-    """Return a share of a number, rounded down; 0.7 of 10 is 7, though the product is a little less."""
-    return math.floor(share * number * (1 + 1e-12) + 1e-9)
+    stays = kept_weights(list(scores.values()), share, scope, maximum)
+    return dict(zip(scores, stays, strict=True))
 
 
 def _weight(groups: Groups) -> nn.Parameter:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from textbrewer import checks
+from textbrewer.compression.trained.holding import Held
 from textbrewer.compression.weights.masks import WeightMasks
 
-__all__ = ["Held", "SparseWeights"]
+__all__ = ["SparseWeights"]
 
 
 class SparseWeights:
@@ -39,7 +39,7 @@ class SparseWeights:
         self.masks = masks if isinstance(masks, WeightMasks) else WeightMasks(masks)
         self.masks.check(model)
         self.model = model
-        Held(model, self.masks).weights_to_zero()
+        Held.by_name(model, self.masks).weights_to_zero()
 
     def sparsity(self) -> dict[str, float]:
         """Return the share of weights that are masked.
@@ -54,28 +54,3 @@ class SparseWeights:
         total = sum(parameter.numel() for parameter in self.model.parameters())
         gone = sum(off.values())
         return {**shares, "weights": gone / masked, "parameters": gone / total}
-
-
-class Held:
-    """Weights of a model that are to be zero.
-
-    Args:
-        model: whose parameters they are.
-        masks: true for the weights that stay, by parameter.
-    """
-
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._pairs = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in masks.items()]
-
-    def gradients_to_zero(self) -> None:
-        """Take their gradients away."""
-        for parameter, off in self._pairs:
-            if parameter.grad is not None:
-                parameter.grad.masked_fill_(off, 0)
-
-    def weights_to_zero(self) -> None:
-        """Set them to zero."""
-        with torch.no_grad():
-            for parameter, off in self._pairs:
-                parameter.masked_fill_(off, 0)
