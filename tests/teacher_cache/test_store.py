@@ -562,3 +562,18 @@ def test_a_damaged_page_of_the_tree_is_told_when_it_is_read(opened, folder, fill
     before = files_of(folder)
     assert processes.run(read_a_damaged_tree, str(folder)) == 0
     assert files_of(folder) == before
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_no_strangers(tmp_path, monkeypatch):
+    """The folder is new, and LMDB's file appears just before it is listed."""
+
+    def appear(folder, listed=Path.iterdir):
+        Store(tmp_path / "other", None).close()
+        shutil.copy(tmp_path / "other" / "data.mdb", folder)
+        return listed(folder)
+
+    (tmp_path / "cache").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda folder: appear(folder) if folder.name == "cache" else iter(()))
+        Store(tmp_path / "cache", None).close()
+    assert (tmp_path / "cache" / "data.mdb").exists()

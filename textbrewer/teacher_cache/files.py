@@ -24,9 +24,12 @@ def check_folder(path: Path) -> None:
     """Raise CacheError unless the folder is new, empty, or holds an LMDB file."""
     if path.exists() and not path.is_dir():
         raise CacheError(f"a teacher cache is a folder, {str(path)!r} is a file; name another path")
-    if path.is_dir() and not (path / "data.mdb").exists():
-        others = sorted(item.name for item in path.iterdir() if item.name != "lock.mdb")
-        if others:
-            raise CacheError(
-                f"{str(path)!r} is no teacher cache, it holds {', '.join(others[:3])}; name a new or empty folder"
-            )
+    if not path.is_dir():
+        return
+    # Looked at once: another process may be making the cache.
+    names = {item.name for item in path.iterdir()}
+    others = sorted(names - {"lock.mdb"})
+    if others and "data.mdb" not in names:
+        raise CacheError(
+            f"{str(path)!r} is no teacher cache, it holds {', '.join(others[:3])}; name a new or empty folder"
+        )
