@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from recipe_models import LAYERS, anew, shorten
+from recipe_pairs import fit_classifier
 from recipe_tasks import Data, Task, evaluate
 from torch.utils.data import DataLoader
 
@@ -94,13 +95,15 @@ class Work:
 
     def student(self, method: Method) -> Any:
         """Return the layers of the pretrained or the fine-tuned model that a method begins with."""
+        start = self.base if method.start == "pretrained" else self.teacher
         if method.start == "random":
             torch.manual_seed(self.seed)
-            return anew(self.base, self.dropout, method.layers)
-        start = self.base if method.start == "pretrained" else self.teacher
-        if method.width is not None:
-            return narrowed(start, method, self.dropout)
-        return shorten(start, self.dropout, method.layers)
+            student = anew(self.base, self.dropout, method.layers)
+        elif method.width is not None:
+            student = narrowed(start, method, self.dropout)
+        else:
+            student = shorten(start, self.dropout, method.layers)
+        return fit_classifier(student, self.data.train)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Teacher(Method):
 
     def fit(self, work: Work) -> Any:
         """Train, and return the model."""
-        return supervise(work, work.base)
+        return supervise(work, fit_classifier(work.base, work.data.train))
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Grid:
         side; then the best one with the other dropouts.
         """
         chosen = METHODS[method]
-        rates = list(chosen.rates[:2] if self.tiny else chosen.rates)
+        rates = list(TASKS[task].rates or chosen.rates)[: 2 if self.tiny else None]
         seeds = range(TASKS[task].sweep_seeds)
 
         def cells(rates: Sequence[float], dropout: float) -> list[Cell]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from recipe_pairs import PairByCosine
 from recipe_tasks import Task
 
 LAYERS = (1, 3, 5)  # the students start as these layers of a model of six, counted from 0
@@ -15,14 +16,14 @@ LAYERS = (1, 3, 5)  # the students start as these layers of a model of six, coun
 def pretrained(task: Task, path: str, seed: int, tiny: bool) -> Any:
     """Return the pretrained model with a new classifier; ``tiny``: a small random one of six layers."""
     torch.manual_seed(seed)
-    kind = "AutoModelForTokenClassification" if task.tags else "AutoModelForSequenceClassification"
-    cls = getattr(transformers, kind)
+    kind = "BertForTokenClassification" if task.tags else "BertForSequenceClassification"
+    cls: Any = PairByCosine if task.apart else getattr(transformers, kind)
     if not tiny:
         return cls.from_pretrained(path, num_labels=len(task.classes), dtype=torch.float32)
     config = transformers.AutoConfig.from_pretrained(path)
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": len(task.classes)}
     config.update(sizes)
-    return cls.from_config(config)
+    return cls(config)
 
 
 def with_dropout(config: Any, dropout: float) -> Any:
