@@ -47,11 +47,12 @@ def recipes_of_one_teacher() -> list[str]:
 
 
 def best_recipe(grid: Grid) -> str | None:
-    """Return the recipe with the best mean over the five tasks, among those that have results on all."""
+    """Return the recipe with the best mean over the five tasks, among those with as many seeds as the baseline."""
     means = {}
+    seeds = [len(scores(grid, task, BASELINE)) for task in FIVE]
     for name in recipes_of_one_teacher():
         found = [scores(grid, task, name) for task in FIVE]
-        if all(found):
+        if all(len(values) >= max(1, count) for values, count in zip(found, seeds, strict=True)):
             means[name] = mean(mean(values.values()) for values in found)
     return max(means, key=lambda name: means[name]) if means else None
 

@@ -1,4 +1,4 @@
-"""Heads and feed-forward units that go one after the other while a model is trained, or distilled."""
+"""Heads, feed-forward units and hidden features that go one after the other while a model is trained, or distilled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from textbrewer import checks
 from textbrewer.callbacks import TrainingRun
-from textbrewer.compression.choosing import choose_units
+from textbrewer.compression.choosing import choose_uniform, choose_units
 from textbrewer.compression.data_scores import DATA_SCORES, check_data
 from textbrewer.compression.gates import close, open_gates
 from textbrewer.compression.masked import Masked
@@ -26,11 +26,11 @@ from textbrewer.compression.running_taylor import (
     reader_weights,
     unit_terms,
 )
-from textbrewer.compression.sites import Layout, Site, find_layout
+from textbrewer.compression.sites import HIDDEN, Layout, Site, find_layout
 
 __all__ = ["GradualPruning"]
 
-_KINDS = ("heads", "ffn")
+_KINDS = ("heads", "ffn", HIDDEN)
 
 
 class GradualPruning(OnSchedule):
@@ -47,7 +47,7 @@ class GradualPruning(OnSchedule):
 
     When the run is over the student stays under its masks, and can be trained further so; :meth:`shrink` returns the
     smaller model, :meth:`remove` takes the masks off. Masks and scores are kept in the run's checkpoints. Shares are
-    logged as ``sparsity_heads`` and ``sparsity_ffn``.
+    logged as ``sparsity_heads``, ``sparsity_ffn`` and ``sparsity_hidden``.
 
     Args:
         plan: what goes, by which score, within which limits. The student's layers must all stay. Scores by weights are
@@ -143,7 +143,7 @@ class GradualPruning(OnSchedule):
         super().begin(run)
         # Whatever cannot be is found out now: with any scores, the same units may go.
         places = replace(self.plan, score="random").choose(run.student)
-        self._layout = find_layout(run.student)
+        self._layout = find_layout(run.student, hidden=HIDDEN in self._shares)
         self._sites = [site for site in self._layout.sites if site.name in places]
         if self._by_gradients:
             weights = [(name, weight) for site in self._sites for name, weight, _ in reader_weights(run.student, site)]
@@ -176,13 +176,17 @@ class GradualPruning(OnSchedule):
         for name, factors in self._factors.items():
             scores[name] = scores[name].cpu().double().masked_fill(factors.cpu() == 0, -torch.inf)
         for kind, share in shares.items():
-            sites = [site for site in self._sites if site.kind == kind]
-            plan = self.plan
-            masks = choose_units(sites, scores, share, plan.scope, int(plan.minimum), plan.maximum)
-            for name, mask in masks.items():
+            for name, mask in self._chosen(kind, scores, share).items():
                 # In place, as the hooks hold it. A resumed run that is longer may want less gone than there is.
                 self._factors[name].mul_(mask.to(self._factors[name].device))
         self._note_figures()
+
+    def _chosen(self, kind: str, scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Return which units of a kind stay, with the plan's limits."""
+        plan, sites = self.plan, [site for site in self._sites if site.kind == kind]
+        if kind == HIDDEN:  # one place, without limits
+            return choose_uniform(sites, scores, share, 1)
+        return choose_units(sites, scores, share, plan.scope, int(plan.minimum), plan.maximum)
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, scores so far, and settings."""
@@ -226,12 +230,12 @@ class GradualPruning(OnSchedule):
 
 def _check_plan(plan: Prune, shares: Mapping[str, float], initial: float, dataloader: Iterable[Any] | None) -> None:
     """Raise ValueError unless a plan can be followed while training."""
-    for kind in ("layers", "hidden"):
-        if getattr(plan, kind, 0):
-            raise ValueError(
-                f"{kind} must be 0 in a plan for GradualPruning, as only heads and feed-forward units can go while "
-                f"training, got {getattr(plan, kind)}; prune {kind} first, shrink, and train what comes out"
-            )
+    if plan.layers:
+        raise ValueError(
+            "layers must be 0 in a plan for GradualPruning, as heads, feed-forward units and hidden features can go "
+            f"one after the other and whole layers cannot, got {plan.layers}; prune layers first, shrink, and train "
+            "what comes out, or see TheseusDistiller"
+        )
     if isinstance(initial, (int, float)) and initial > min(shares.values()):
         raise ValueError(f"initial must be at most each share that the plan takes, got {initial} and {dict(shares)}")
     needing = DATA_SCORES.keys() - {"taylor"}  # which reads the run's gradients here

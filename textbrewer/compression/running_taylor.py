@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from textbrewer import checks
-from textbrewer.compression.sites import Site
+from textbrewer.compression.sites import HIDDEN, Site
+from textbrewer.layouts.inner import is_transposed
 
 __all__ = ["DECAY", "RunningTaylor", "check_decay", "check_trained", "reader_weights", "unit_terms"]
 
@@ -74,11 +75,12 @@ def unit_terms(model: nn.Module, sites: Sequence[Site]) -> Terms:
     """Return a function that returns the first-order term of each unit, ``(units,)`` by site.
 
     A unit's is the sum of gradient times weight over the weights that read it, in all layers that share it: what
-    :func:`~textbrewer.compression.data_scores.taylor_scores` squares.
+    :func:`~textbrewer.compression.data_scores.taylor_scores` squares. Of a hidden feature weights that are tied to an
+    embedding are left out, as their gradients are of both places.
 
     Args:
         model: whose gradients are read.
-        sites: of heads or feed-forward units.
+        sites: of heads, feed-forward units or hidden features.
     """
     readers = {site.name: list(reader_weights(model, site)) for site in sites}
     units = {site.name: site.units for site in sites}
@@ -102,10 +104,11 @@ def reader_weights(model: nn.Module, site: Site) -> Iterable[tuple[str, nn.Param
     """Yield name, parameter and axis of the weights that read a site's units."""
     if site.inner is None:
         return
-    axes = dict(site.inner.axes)
+    named = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     for reader in site.inner.readers:
-        name = f"{reader}.weight"
-        yield name, model.get_parameter(name), axes[name]
+        weight = model.get_parameter(f"{reader}.weight")
+        if site.kind != HIDDEN or named.count(id(weight)) == 1:
+            yield f"{reader}.weight", weight, 0 if is_transposed(model.get_submodule(reader)) else 1
 
 
 def check_trained(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> None:
