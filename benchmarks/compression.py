@@ -55,8 +55,9 @@ python benchmarks/compression.py --report    # this page
 
 Pruned are attention heads and feed-forward units: {amounts}. With "gradual" they
 go on a cubic schedule over the first 60% of the steps, with "at once" before the first. Distilled: by KD and the hidden
-states after each layer, for CoFi with its dynamic matching. Percentages pruned are of the encoder's parameters, without
-the embeddings.
+states after each layer, for CoFi with its dynamic matching. Movement's scores are trained by SGD, which on a tenth of the
+training rows kept aside gave 90.2 where Adam gave 89.2 (70% pruned, one run each). Percentages pruned are of the encoder's
+parameters, without the embeddings.
 """
 
 

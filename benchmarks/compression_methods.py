@@ -16,6 +16,8 @@ from textbrewer import compression
 SIX = tuple(range(6))
 HEADS_AND_UNITS = {50: (0.5, 0.5), 70: (8 / 12, 0.72)}
 """Shares of the heads and feed-forward units that make up so many percent of the encoder's parameters."""
+MOVEMENT: dict[str, Any] = {"score_optimizer": "sgd"}
+"""A student that begins as its teacher has next to no gradients at first, which Adam would make large."""
 SAME_LAYERS = [{"layer_T": n, "layer_S": n, "feature": "hidden", "loss": "hidden_mse", "weight": 3} for n in range(7)]
 TO_CHOOSE, TO_CALIBRATE = 32, 32
 """Batches of the training rows that scores, and the inputs of linear maps, are taken from."""
@@ -67,6 +69,8 @@ class Pruned(Compressed):
         amounts: dict[str, Any] = {"heads": heads, "ffn": ffn}
         if self.how == "cofi":
             amounts = {"target": self.percent / 100}
+        if self.how == "movement":
+            amounts |= MOVEMENT
         return {**super().settings(), **amounts, "how": self.how, "gradual": self.gradual, "distilled": self.distilled}
 
     def fit(self, work: Work) -> Any:
@@ -94,7 +98,7 @@ class Pruned(Compressed):
         """Return the callback that prunes while the student learns."""
         heads, ffn = HEADS_AND_UNITS[self.percent]
         if self.how == "movement":
-            return compression.MovementPruning({"heads": heads, "ffn": ffn}, structure="units", end=0.6)
+            return compression.MovementPruning({"heads": heads, "ffn": ffn}, structure="units", end=0.6, **MOVEMENT)
         if self.how == "cofi":
             return compression.HardConcretePruning(self.percent / 100, lr=0.05)
         return compression.GradualPruning(self.plan(), end=0.6)
