@@ -26,6 +26,7 @@ import recipe_grid
 import recipe_models
 import recipes
 import torch
+from compression_findings import TASK, findings
 from compression_methods import BESIDE, COMPRESSED, Compressed
 from headline import markdown
 from recipe_grid import Grid
@@ -35,7 +36,6 @@ from recipe_tasks import TASKS
 
 from textbrewer import compression
 
-TASK = "sst2"
 SIZES = {"1 x 32": (1, 32), "8 x 128": (8, 128)}
 """Rows and tokens that latency is measured with."""
 ROUNDS = 30
@@ -53,11 +53,11 @@ python benchmarks/compression.py --latency   # milliseconds
 python benchmarks/compression.py --report    # this page
 ```
 
-Pruned are attention heads and feed-forward units: {amounts}. With "gradual" they
-go on a cubic schedule over the first 60% of the steps, with "at once" before the first. Distilled: by KD and the hidden
-states after each layer, for CoFi with its dynamic matching. Movement's scores are trained by SGD, which on a tenth of the
-training rows kept aside gave 90.2 where Adam gave 89.2 (70% pruned, one run each). Percentages pruned are of the encoder's
-parameters, without the embeddings.
+Pruned are attention heads and feed-forward units: {amounts}.
+With "gradual" they go on a cubic schedule over the first 60% of the steps, with "at once" before the first. Distilled:
+by KD and the hidden states after each layer, for CoFi with its dynamic matching. Movement's scores are trained by SGD,
+which on a tenth of the training rows kept aside gave 90.2 where Adam gave 89.2 (70% pruned, one run each). Percentages
+pruned are of the encoder's parameters, without the embeddings.
 """
 
 
@@ -67,10 +67,13 @@ def write_report(grid: Grid, folder: Any) -> None:
         f"{heads:.0%} and {ffn:.0%} of them are {percent}% of the parameters"
         for percent, (heads, ffn) in compression_methods.HEADS_AND_UNITS.items()
     )
-    parts = [PAGE.format(amounts=amounts), "## Scores\n", score_table(grid)]
     path = grid.results / "latency-compression.json"
-    if path.exists():
-        parts += ["\n## Latency\n", latency_table(json.loads(path.read_text(encoding="utf-8")))]
+    latencies = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    sizes = {size: latencies[size] for size in SIZES if size in latencies}
+    parts = [PAGE.format(amounts=amounts), "## What it shows\n", findings(grid, sizes)]
+    parts += ["\n## Scores\n", score_table(grid)]
+    if latencies:
+        parts += ["\n## Latency\n", latency_table(latencies)]
     recipe_grid.write(folder / "compression_results.md", "\n".join(parts) + "\n")
     print(f"{folder / 'compression_results.md'} is written")
 

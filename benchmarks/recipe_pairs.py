@@ -1,4 +1,4 @@
-"""BERT that reads the two sentences of a pair apart, and classifies the cosine of what it finds: for small sets of pairs.
+"""BERT that reads the two sentences of a pair apart and classifies their cosine: for small sets of pairs.
 
 RTE's 2,490 rows do not teach MiniLM-L6 to compare sentences that it reads together; what it brings along is that
 sentences of like meaning have like means of their last states, for which it was trained.
@@ -37,7 +37,7 @@ class PairByCosine(BertForSequenceClassification):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, labels: Any = None, **asked: Any
     ) -> Any:
-        """Return the loss where ``labels`` are given, the logits ``(batch, classes)``, and what is asked for besides."""
+        """Return the loss where ``labels`` are given, the logits ``(batch, classes)``, and what is asked for."""
         states = self.states(input_ids, attention_mask, token_type_ids, **asked)
         logits = self.classified(self.cosine(states.last_hidden_state, attention_mask, token_type_ids))
         loss = None if labels is None else F.cross_entropy(logits, labels)

@@ -71,3 +71,41 @@ def test_latency_of_each_shape(compression, arguments, capsys):
     assert all(0 < times["low"] <= times["median"] <= times["high"] for times in found["8 x 128"].values())
     assert compression.main([*options, "--report"]) == 0
     assert "## Latency" in (folder / "docs" / "compression_results.md").read_text(encoding="utf-8")
+
+
+class Made:
+    """Results that a test made up."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def finals(self, task, method):
+        assert task == "sst2"
+        return {seed: {"score": score} for seed, score in enumerate(self.scores.get(method, []))}
+
+
+def test_what_the_figures_show(compression):
+    module = importlib.import_module("compression_findings")
+    seconds = {"1 x 32": {"6 layers": {"median": 9.5}, "3 layers": {"median": 5.0}}}
+    assert module.findings(Made({"teacher": [90.0]}), seconds) == ""
+    scores = {
+        "teacher": [90.0, 92.0],
+        "prune-taylor-distil-50": [89.0, 91.0],
+        "prune-cofi-distil-50": [88.0],
+        "prune-magnitude-50": [91.0, 91.0],
+        "theseus": [89.1, 91.08],
+        "kd": [80.0, 82.0],
+        "svd-50": [70.0],
+        "whitened-50": [60.0, 92.0],
+    }
+    first, second, third, last = module.findings(Made(scores), seconds).splitlines()
+    assert "Taylor +1.0, CoFi +2.0: **not met**" in first
+    assert "Taylor's score, distilled, +1.0 points" in second
+    assert "labels alone +0.0: **not met**" in second
+    assert "99.0%, 1.90 times (1 x 32): met. Its accuracy is 90.1, that of plain KD in as many steps 81.0." in third
+    assert "whitened +15.0 points lost, plain SVD +20.0: met" in last
+    assert "at most 1.0 points, by each score: Taylor +1.0: met" in module.findings(
+        Made({**scores, "prune-cofi-distil-50": []}), seconds
+    )
+    seconds["8 x 128"] = {"6 layers": {"median": 9.0}, "3 layers": {"median": 6.0}}
+    assert "1.90 and 1.50 times (1 x 32, 8 x 128): **not met**" in module.findings(Made(scores), seconds)

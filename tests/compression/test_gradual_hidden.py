@@ -1,5 +1,6 @@
 """Hidden features that go while training: how many and when, by which gradients, and what is left of the model."""
 
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def test_features_go_as_the_schedule_says_and_stay_gone(tmp_path, score):
     for step, mask in enumerate(seen, start=1):
         share = min(max(step - 2, 0) / 4, 1) * 0.5
         assert int((~mask).sum()) == math.floor(share * width + 1e-9)
-    assert all(bool((later <= earlier).all()) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(bool((later <= earlier).all()) for earlier, later in itertools.pairwise(seen))
     assert gradual.sparsity()["hidden"] == 0.5
 
 
