@@ -131,7 +131,7 @@ def shares(grid: Grid) -> list[str]:
             share = mean(100 * own[seed] / teacher[seed] for seed in both)
             lines.append(
                 f"- A SST-2 student with {what} keeps at least {least:.0f}% of its teacher (all training rows, "
-                f"{len(both)} seeds): {share:.1f}%: {mark(share >= least)}."
+                f"{len(both)} seed{'s' * (len(both) > 1)}): {share:.1f}%: {mark(share >= least)}."
             )
     return lines or ["- Shares of the teacher on all of SST-2: nothing is there yet."]
 
