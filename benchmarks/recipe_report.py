@@ -102,8 +102,8 @@ RTE all models read the sentences apart, in one pass, and classify the cosine of
 does (Reimers and Gurevych, 2019, arXiv:1908.10084), with a classifier that begins as a logistic regression on the
 training rows (`benchmarks/recipe_pairs.py`). That regression alone has 58.5% of the 277 rows on the pretrained model,
 and 53.4% on its layers 1, 3 and 5. (That a cosine tells something was first seen on these rows, in a regression, and
-then on rows kept aside: of all choices on this page the only one that the final rows had a part in.) What students gain or lose there is beyond the spread of the seeds, not beyond the
-standard error of the rows.
+then on rows kept aside: of all choices on this page the only one that the final rows had a part in.) What students gain
+or lose there is beyond the spread of the seeds, not beyond the standard error of the rows.
 """
 
 SWEEPS = """\
