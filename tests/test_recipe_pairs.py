@@ -1,14 +1,11 @@
 """The model of ``benchmarks/recipe_pairs.py``: against both sentences run by themselves, and scikit-learn's fit."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from tests.benchmark_files import imported
 from tests.conftest import seed_all
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -16,12 +13,8 @@ linear_model = pytest.importorskip("sklearn.linear_model")
 
 @pytest.fixture(scope="module")
 def pairs():
-    before = list(sys.path)
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-    try:
-        yield importlib.import_module("recipe_pairs")
-    finally:
-        sys.path[:] = before
+    with imported("recipe_pairs") as script:
+        yield script
 
 
 def make(pairs, attention="sdpa"):

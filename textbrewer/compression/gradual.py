@@ -112,7 +112,8 @@ class GradualPruning(OnSchedule):
         """
         if self._student is None:
             raise ValueError("the pruning must have begun: pass it to train(..., step_callbacks=[...]) first")
-        return Masked.seen(self._student, {name: factor.cpu() > 0 for name, factor in self._factors.items()})
+        masks = {name: factor.cpu() > 0 for name, factor in self._factors.items()}
+        return Masked.seen(self._student, self._layout, masks)
 
     def sparsity(self) -> dict[str, float]:
         """Return the share of what is switched off, by component: see :meth:`Masked.sparsity`."""

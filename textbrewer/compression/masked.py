@@ -49,10 +49,10 @@ class Masked:
         open_gates(model, layout.sites, {name: mask.to(torch.float32) for name, mask in self.masks.items()})
 
     @classmethod
-    def seen(cls, model: nn.Module, masks: Mapping[str, Tensor]) -> Masked:
-        """Return a view of a model that something else keeps under these masks; it puts none on it."""
+    def seen(cls, model: nn.Module, layout: Layout, masks: Mapping[str, Tensor]) -> Masked:
+        """Return a view of a model of a layout that something else keeps under these masks; it puts none on it."""
         view = cls.__new__(cls)
-        view.model, view.masks, view._layout = model, Masks(masks), find_layout(model, hidden=HIDDEN in masks)
+        view.model, view.masks, view._layout = model, Masks(masks), layout
         return view
 
     def sparsity(self) -> dict[str, float]:

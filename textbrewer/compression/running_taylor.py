@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from textbrewer import checks
+from textbrewer.compression.low_rank_layers import shared_parameters
 from textbrewer.compression.sites import HIDDEN, Site
 from textbrewer.layouts.inner import is_transposed
 
@@ -104,10 +105,10 @@ def reader_weights(model: nn.Module, site: Site) -> Iterable[tuple[str, nn.Param
     """Yield name, parameter and axis of the weights that read a site's units."""
     if site.inner is None:
         return
-    named = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    shared = shared_parameters(model) if site.kind == HIDDEN else {}
     for reader in site.inner.readers:
         weight = model.get_parameter(f"{reader}.weight")
-        if site.kind != HIDDEN or named.count(id(weight)) == 1:
+        if id(weight) not in shared:
             yield f"{reader}.weight", weight, 0 if is_transposed(model.get_submodule(reader)) else 1
 
 
