@@ -2,6 +2,7 @@ import pytest
 from torch import nn
 
 from tests.students.models import make
+from textbrewer.matching import layer_map
 from textbrewer.students import FAMILIES, uniform_layers
 from textbrewer.students.layers import chosen_layers, find_towers, source_name
 
@@ -12,10 +13,10 @@ from textbrewer.students.layers import chosen_layers, find_towers, source_name
         (3, 6, [1, 3, 5]),
         (6, 12, [1, 3, 5, 7, 9, 11]),
         (4, 12, [2, 5, 8, 11]),
-        (5, 12, [1, 3, 6, 8, 11]),
+        (5, 12, [1, 4, 6, 9, 11]),
         (1, 12, [11]),
         (4, 4, [0, 1, 2, 3]),
-        (2, 5, [1, 4]),
+        (2, 5, [2, 4]),
     ],
 )
 def test_uniform_layers(count, total, expected):
@@ -30,6 +31,14 @@ def test_uniform_layers_are_spread_evenly_and_end_with_the_last(total):
         assert len(layers) == count
         assert layers[-1] == total - 1
         assert max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize("total", range(1, 14))
+def test_a_students_layers_are_those_that_the_uniform_map_matches_them_with(total):
+    for count in range(1, total + 1):
+        teachers, students = zip(*layer_map("uniform", total, count))
+        assert [layer + 1 for layer in uniform_layers(count, total)] == list(teachers)
+        assert students == tuple(range(1, count + 1))
 
 
 def test_chosen_layers_of_each_kind():

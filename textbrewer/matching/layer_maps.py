@@ -9,6 +9,7 @@ from torch import nn
 
 from textbrewer import checks
 from textbrewer.adaptors import FEATURES
+from textbrewer.layouts.spacing import evenly_spaced
 from textbrewer.matching.depth import number_of_layers
 from textbrewer.registry import Registry
 
@@ -20,20 +21,19 @@ LAYER_MAPS = Registry("layer map")
 
 @LAYER_MAPS.add("uniform")
 def uniform(layers_T: int, layers_S: int) -> list[tuple[int, int]]:
-    r"""Spread the student's layers evenly over the teacher's, the last on the last.
+    """Spread the student's layers evenly over the teacher's, the last on the last.
 
-    .. math:: g(m) = \frac{m N}{M}, \quad m = 1 \ldots M
-
-    rounded to the nearest whole number (halves up) where M does not divide N. 12 to 4 layers: 3, 6, 9, 12 to 1 ... 4.
+    12 to 4 layers: 3, 6, 9, 12 to 1 ... 4. They are the layers that a student begins as which
+    :func:`~textbrewer.students.init_student_from_teacher` makes of a number of layers.
 
     Args:
-        layers_T: number of the teacher's layers, N.
-        layers_S: number of the student's layers, M.
+        layers_T: number of the teacher's layers.
+        layers_S: number of the student's layers.
 
     Reference:
-        Jiao et al., "TinyBERT", 2020, arXiv:1909.10351, sections 3.1 and 4.2.
+        :func:`~textbrewer.layouts.spacing.evenly_spaced`.
     """
-    return [((2 * m * layers_T + layers_S) // (2 * layers_S), m) for m in range(1, layers_S + 1)]
+    return list(zip(evenly_spaced(layers_S, layers_T), range(1, layers_S + 1), strict=True))
 
 
 @LAYER_MAPS.add("skip")

@@ -9,6 +9,7 @@ from torch import nn
 
 from textbrewer import checks
 from textbrewer.layouts.families import Family, LayerStack
+from textbrewer.layouts.spacing import evenly_spaced
 from textbrewer.layouts.stacks import locate
 
 __all__ = ["Layers", "Tower", "chosen_layers", "find_towers", "is_dropped", "source_name", "uniform_layers"]
@@ -37,12 +38,10 @@ class Tower:
 
 
 def uniform_layers(count: int, total: int) -> list[int]:
-    r"""Return ``count`` of ``total`` layers at equal distances, the last one always among them.
+    """Return ``count`` of ``total`` layers at equal distances, counted from 0, the last one always among them.
 
-    .. math::
-        l_i = \lfloor (i + 1) N / M \rfloor - 1, \qquad i = 0 \dots M - 1
-
-    with :math:`M` of :math:`N` layers, counted from 0: of 6 layers 3 are 1, 3, 5; of 12 layers 5 are 1, 3, 6, 8, 11.
+    Of 6 layers 3 are 1, 3, 5; of 12 layers 5 are 1, 4, 6, 9, 11. The layer map ``"uniform"`` has the same (counted from
+    1), so that a student's layer learns from the one that it began as.
 
     Raises:
         ValueError: unless ``1 <= count <= total``.
@@ -51,7 +50,7 @@ def uniform_layers(count: int, total: int) -> list[int]:
     checks.integer(count, "layers", minimum=1)
     if count > total:
         raise ValueError(f"layers must be at most the teacher's {total}, got {count}")
-    return [(number + 1) * total // int(count) - 1 for number in range(int(count))]
+    return [number - 1 for number in evenly_spaced(int(count), total)]
 
 
 def chosen_layers(layers: Layers, total: int) -> list[int]:
