@@ -244,7 +244,14 @@ def test_distilled_while_it_rounds_and_stopped_and_resumed(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(stopped, tmp_path / "stopped", teacher, 6, callback=stop)
     resumed = make("bert-classifier", seed=2)
-    prepare_qat_(resumed)
+    layers = sum(type(module) is torch.nn.Linear for module in resumed.modules())
+    prepared = len(prepare_qat_(resumed).layers)
+    with pytest.raises(
+        ValueError,
+        match=rf"other layers: {prepared} FakeQuantizedLinear, {layers - prepared} Linear; here there are "
+        rf"0 FakeQuantizedLinear, {layers} Linear\. Make the student .* prepare_qat_",
+    ):
+        train(make("bert-classifier", seed=2), tmp_path / "stopped", teacher, 6, resume="latest")
     train(resumed, tmp_path / "stopped", teacher, 6, resume="latest")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

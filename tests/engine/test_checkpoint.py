@@ -106,6 +106,26 @@ def test_another_student_is_refused(written, tmp_path):
         run.train(resume_from=written / "checkpoint-4")
 
 
+def test_layers_that_compute_otherwise_are_refused(written, tmp_path):
+    class Rounding(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs).round()
+
+    run = Run(NAME, tmp_path / "out", every_step=False)
+    run.student.classifier.__class__ = Rounding  # with the same tensors
+    before = {name: value.clone() for name, value in run.student.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"other layers: \d+ Linear, 0 Rounding; here there are \d+ Linear, 1 Rounding"
+    ):
+        run.train(resume_from=written / "checkpoint-4")
+    assert all(torch.equal(value, before[name]) for name, value in run.student.state_dict().items())
+
+
+def test_a_checkpoint_that_does_not_tell_its_layers_is_read(copy, tmp_path):
+    change_state(copy, layers=None)  # as those of earlier versions
+    resume(copy, tmp_path)
+
+
 def test_other_projections_are_refused(written, tmp_path):
     with pytest.raises(ValueError, match="belongs to another student or other projections"):
         Run("basic, epochs, shuffled", tmp_path / "out", every_step=False).train(resume_from=written / "checkpoint-4")

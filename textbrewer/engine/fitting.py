@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 STEP_CALLBACKS = "step_callbacks"
 """The key of their states in a checkpoint."""
+LAYERS = "layers"
+"""The key, in a checkpoint's ``state.json``, of how many layers of each class the student and projections had."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -52,6 +55,35 @@ def _difference(stored: Shapes, model: nn.Module) -> str | None:
         if name not in stored and value.untyped_storage().data_ptr() not in memory:
             return f"it lacks {name!r}"
     return None
+
+
+def layer_classes(model: nn.Module) -> dict[str, int]:
+    """Return how many layers of each class a model has: modules with parameters of their own, by class name."""
+    return dict(Counter(type(module).__name__ for module in model.modules() if list(module.parameters(recurse=False))))
+
+
+def check_layers(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Check that student and projections compute with the layers that wrote the checkpoint.
+
+    Their tensors do not tell: a linear map that rounds to int8 as it is trained has those of a plain one.
+
+    Args:
+        path: the checkpoint.
+        state: its ``state.json``.
+        model: student and projections.
+
+    Raises:
+        ValueError: if there were more or fewer layers of some class.
+    """
+    written, own = state.get(LAYERS), layer_classes(model)
+    if written is None or written == own:  # none in a checkpoint of an earlier version
+        return
+    kinds = sorted(kind for kind in {*written, *own} if written.get(kind, 0) != own.get(kind, 0))
+    counts = [", ".join(f"{found.get(kind, 0)} {kind}" for kind in kinds) for found in (written, own)]
+    raise ValueError(
+        f"the checkpoint {str(path)!r} was written by a student (or projections) with other layers: {counts[0]}; here "
+        f"there are {counts[1]}. Make the student as it was when the run began, with prepare_qat_ if it was called then"
+    )
 
 
 def check_training(path: Path, training: Mapping[str, Any], job: Job) -> None:

@@ -87,6 +87,7 @@ class Saver:
                 f"many, got {self.runtime.world}"
             )
         fitting.check_model(path, job.module)
+        fitting.check_layers(path, state, job.module)
         training = checkpoint.read_tensors(path, checkpoint.TRAINING_FILE)
         fitting.check_training(path, training, job)
         after = checkpoint.after_callback_file(self.runtime.rank)
@@ -155,6 +156,7 @@ class Saver:
                 "accumulation": plan.accumulation,
                 "total_steps": plan.total_steps,
                 "precision": self.runtime.precision,
+                fitting.LAYERS: fitting.layer_classes(job.module),
             }
             self.writer.finish(step, job.module, training, state)
         self.current = self.folder / f"checkpoint-{step}"
