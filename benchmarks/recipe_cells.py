@@ -144,6 +144,10 @@ class Method:
         others = [other for other in range(3) if other != seed]
         return [seed, *others[: self.teachers - 1]]
 
+    def seeds(self, task: Task) -> range:
+        """Return the seeds of its final cells."""
+        return range(task.seeds)
+
     def applies(self, task: Task) -> bool:
         """Return whether the method is used on a task."""
         return self.headline or not task.headline

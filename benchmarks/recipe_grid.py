@@ -94,7 +94,7 @@ class Grid:
 
     def finals(self, task: str, method: str) -> dict[int, dict[str, Any]]:
         """Return a method's final results by seed."""
-        found = {seed: self.read(Cell(task, method, seed)) for seed in range(TASKS[task].seeds)}
+        found = {seed: self.read(Cell(task, method, seed)) for seed in METHODS[method].seeds(TASKS[task])}
         return {seed: result for seed, result in found.items() if result is not None}
 
     def weights(self, cell: Cell) -> Path:

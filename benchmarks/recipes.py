@@ -48,7 +48,7 @@ def wanted(grid: Grid, options: argparse.Namespace) -> list[Cell]:
         for seed in range(max(TASKS[task].seeds for task in options.tasks))
         for task in options.tasks
         for name in options.methods
-        if METHODS[name].applies(TASKS[task]) and seed < TASKS[task].seeds and seed in options.seeds
+        if METHODS[name].applies(TASKS[task]) and seed in METHODS[name].seeds(TASKS[task]) and seed in options.seeds
     ]
 
 

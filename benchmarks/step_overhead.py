@@ -111,13 +111,15 @@ def layer_map(size: Size) -> list[tuple[int, int]]:
     return [(ratio * layer, layer) for layer in range(size.student_layers + 1)]
 
 
-def by_library(size: Size, student: nn.Module, teacher: nn.Module, data: Timed, folder: str) -> None:
+def by_library(
+    size: Size, student: nn.Module, teacher: nn.Module, data: Timed, folder: str, precision: str = "no"
+) -> None:
     matches = [
         {"layer_T": layer_T, "layer_S": layer_S, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
         for layer_T, layer_S in layer_map(size)
     ]
     distiller = textbrewer.GeneralDistiller(
-        textbrewer.TrainingConfig(output_dir=folder, device="cpu"),
+        textbrewer.TrainingConfig(output_dir=folder, device="cpu", precision=precision),
         textbrewer.DistillationConfig(temperature=TEMPERATURE, intermediate_matches=matches),
         teacher,
         student,
