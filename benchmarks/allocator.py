@@ -2,7 +2,7 @@
 
 Tensors of more than 32 MB, and of less at first, are mapped anew each time, and the system clears every page of them.
 With ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` in the environment they stay with the process. Both ways train the
-student of ``step_overhead.py`` by the library, in processes of their own that take turns; the last losses must be equal.
+student of ``step_overhead.py`` by the library, in processes of their own that take turns; their losses must be equal.
 
     python benchmarks/allocator.py                              # prints a table
     python benchmarks/allocator.py --threads 1 --rounds 3
@@ -26,8 +26,6 @@ from typing import Any
 
 import step_overhead
 import torch
-
-import textbrewer
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 SETTINGS: dict[str, dict[str, str]] = {"glibc's own": {}, "kept": KEEP}
@@ -93,7 +91,9 @@ def main() -> None:
         print(json.dumps(work(options.worker)))
         return
     print(f"torch {torch.__version__}, {platform.libc_ver()}, {options.threads} threads, {options.rounds} rounds")
-    print("| precision | memory | a step, ms | CPU time, ms | of it the system's | new pages | at most, MB | times faster |")
+    print(
+        "| precision | memory | a step, ms | CPU time, ms | of it the system's | new pages | at most, MB | times faster |"
+    )
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for precision in PRECISIONS:
         found: dict[str, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
@@ -108,7 +108,11 @@ def main() -> None:
                 statistics.median(times[setting]),
                 *(statistics.median(one[key] for one in results) for key in ("cpu", "system", "faults", "memory")),
             ]
-            gain = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if setting == "kept" else "1"
+            gain = (
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                if setting == "kept"
+                else "1"
+            )
             print(f"| {precision} | {setting} | {' | '.join(f'{cell:.0f}' for cell in cells)} | {gain} |")
 
 

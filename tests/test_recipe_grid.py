@@ -162,3 +162,16 @@ def test_the_split_keeps_the_validation_rows_out(recipes):
     train, held_out = module.split([((str(number),), number) for number in range(100)])
     assert (len(train), len(held_out)) == (90, 10)
     assert sorted([label for _, label in train + held_out]) == list(range(100))
+
+
+def test_a_recipe_of_fewer_seeds_is_not_the_best_of_one_teacher(recipes, tmp_path):
+    scores = {"several-teachers": [90, 91, 92], "hidden": [90, 90, 90], "tinybert": [95], "ensemble": [93]}
+    for task in ("sst2", "trec", "wikiann"):
+        (tmp_path / task).mkdir()
+        for method, found in scores.items():
+            for seed, score in enumerate(found):
+                (tmp_path / task / f"{method}-seed{seed}.json").write_text(json.dumps({"score": score}))
+    grid = importlib.import_module("recipe_grid").Grid(tmp_path, tmp_path, tmp_path, "")
+    [line] = importlib.import_module("recipe_verdicts").several_teachers(grid)
+    assert line.endswith(": met.")
+    assert "SST-2 91.0, best student of one teacher 90.0, ensemble 93.0" in line
