@@ -91,10 +91,8 @@ def main() -> None:
         print(json.dumps(work(options.worker)))
         return
     print(f"torch {torch.__version__}, {platform.libc_ver()}, {options.threads} threads, {options.rounds} rounds")
-    print(
-        "| precision | memory | a step, ms | CPU time, ms | of it the system's | new pages | at most, MB | times faster |"
-    )
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    columns = ["a step, ms", "CPU time, ms", "of it the system's", "new pages", "at most, MB", "times faster"]
+    print(f"| precision | memory | {' | '.join(columns)} |\n|---|---|{'--:|' * len(columns)}")
     for precision in PRECISIONS:
         found: dict[str, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
         for _, setting in itertools.product(range(options.rounds), SETTINGS):
