@@ -16,7 +16,7 @@ import recipe_tasks
 import torch
 import transformers
 from headline import markdown
-from recipe_grid import Cell, Grid
+from recipe_grid import BORROWED, Cell, Grid
 from recipe_methods import METHODS
 from recipe_tasks import TASKS
 from recipe_verdicts import BASELINE, FIVE, verdicts
@@ -120,7 +120,7 @@ def introduction() -> str:
         rows = "" if task.train_rows is None else f", {task.train_rows:,} training rows"
         held_out = "" if task.eval_rows is None else f", {task.eval_rows:,} test rows"
         found.append(f"{task.title} ({task.metric}{rows}{held_out}, {task.epochs} epochs, up to {task.seeds} seeds)")
-    titles = {"baseline": METHODS[BASELINE].title, "borrowed": METHODS[recipe_grid.BORROWED].title}
+    titles = {"baseline": METHODS[BASELINE].title, "borrowed": METHODS[BORROWED].title}
     others = [(task.title, TASKS[task.rates_of].title) for task in TASKS.values() if task.rates_of is not None]
     rates_of = "; ".join(f"{mine} takes the rates of {theirs}" for mine, theirs in others)
     return INTRODUCTION.format(tasks="; ".join(found), rates_of=rates_of, **titles)
@@ -145,11 +145,16 @@ def paired(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) 
 def overview(grid: Grid) -> str:
     """Return the table of all methods and tasks."""
     header = ["method", *(f"{TASKS[task].title}, {TASKS[task].metric}" for task in FIVE), "average"]
+    header.append(f"to {METHODS[BORROWED].title}, same seeds (tasks)")
     rows = []
     for name, method in METHODS.items():
-        scores = [[result["score"] for result in grid.finals(task, name).values()] for task in FIVE]
+        found = {task: grid.finals(task, name) for task in FIVE}
+        scores = [[result["score"] for result in results.values()] for results in found.values()]
         average = f"{mean(map(mean, scores)):.1f}" if all(scores) else NOTHING
-        rows.append([method.title, *map(spread, scores), average])
+        pairs = [paired(results, grid.finals(task, BORROWED)) for task, results in found.items()]
+        deltas = [mean(mine - theirs for mine, theirs in each) for each in pairs if each]
+        delta = f"{mean(deltas):+.1f} ({len(deltas)})" if deltas and name != BORROWED else NOTHING
+        rows.append([method.title, *map(spread, scores), average, delta])
     return markdown(header, rows)
 
 
