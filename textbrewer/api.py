@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from textbrewer.distillers import GeneralDistiller, MutualDistiller
 from textbrewer.distillers.frozen import untrained
 from textbrewer.files import replaced
 from textbrewer.hooks import resolve
+from textbrewer.names import suggestion
 from textbrewer.recipes import Stage
 from textbrewer.recipes.lengths import lengths_of
 from textbrewer.recipes.optimisation import WarmUpAndDecay, make_optimizer
@@ -76,14 +78,16 @@ def distill(
             0.01 on all matrices (:func:`textbrewer.recipes.make_optimizer`). The rate warms up over the first tenth of
             each stage's steps and then falls linearly to zero.
         output_dir: folder of checkpoints, one folder a stage.
-        callback: ``callback(model=student, step=global_step)`` after each checkpoint: once a pass and at each end.
+        callback: ``callback(model=student, step=global_step)`` after each checkpoint, of which there is one at each
+            stage's end too.
         adaptor_T: what the teacher's outputs mean; ``"auto"`` for a transformers model.
         adaptor_S: what the student's outputs mean, likewise.
         teacher_cache: where the teacher's outputs are stored and found again, see ``GeneralDistiller``. Only for the
             run's own teacher: another one that a recipe trains on the way is not stored.
         is_caching_logits: keep what each stage needs of the teacher's outputs in main memory, see
             ``DistillationConfig``; batches then keep their rows.
-        train_config: precision, device, logging and the like; its ``output_dir`` and ``ckpt_steps`` are set here.
+        train_config: precision, device, logging, accumulation and the like; checkpoints come every ``ckpt_steps``
+            optimiser steps, once a pass if it is ``None``. Its ``output_dir`` is set here.
         max_grad_norm: gradients are clipped to this norm; not positive: no clipping.
         resume: go on with what ``output_dir`` holds of the same call; ``False``: begin anew (checkpoints of an earlier
             call are replaced as the new ones come).
@@ -117,8 +121,8 @@ def distill(
     run = _Run(teacher, pupil, adaptor_T, adaptor_S, teacher_cache, is_caching_logits, make, rate, arguments, callback)
     for number, (stage, steps) in enumerate(zip(stages, lengths, strict=True), 1):
         logger.info("%s, stage %d of %d: %s, %d steps", recipe, number, len(stages), stage.name, steps)
-        place, every = str(Path(output_dir) / f"{number}-{stage.name}"), min(steps, a_pass)
-        run.train(stage, steps, dataclasses.replace(config, output_dir=place, ckpt_steps=every, save_total_limit=1))
+        place, every = str(Path(output_dir) / f"{number}-{stage.name}"), config.ckpt_steps or min(steps, a_pass)
+        run.train(stage, steps, dataclasses.replace(config, output_dir=place, ckpt_steps=every))
     return pupil
 
 
@@ -127,6 +131,11 @@ def _stages(
 ) -> tuple[nn.Module, list[Stage]]:
     """Return the student, the given one or so many layers of the teacher, and the stages of the recipe."""
     make = recipes.get(recipe)
+    _, _, *known = inspect.signature(make).parameters.values()
+    names = [parameter.name for parameter in known]
+    for name in settings:
+        if name not in names and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+            raise TypeError(f"recipe {recipe!r} has no setting {name!r}; {suggestion(name, names)}")
     checks.is_a(teacher, nn.Module, "teacher", "a torch module")
     if isinstance(student, int) and not isinstance(student, bool):
         student = init_student_from_teacher(teacher, layers=student, dropout=0.0)
@@ -204,11 +213,13 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _begin(folder: Path, record: dict[str, Any], resume: bool) -> None:
     """Note in the output folder what is distilled there; refuse to go on with something else.
 
+    What ended before its first checkpoint, by an error in its arguments for one, stands in nobody's way.
+
     Raises:
         ValueError: if the folder holds another distillation.
     """
     path = folder / _RECORD
-    if path.exists() and resume:
+    if resume and path.exists() and any(folder.glob("*/checkpoint-*")):
         found = json.loads(path.read_text(encoding="utf-8"))
         other = sorted(name for name in record if found.get(name) != record[name])
         if other:

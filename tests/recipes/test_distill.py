@@ -113,6 +113,39 @@ def test_a_folder_of_another_distillation_is_refused(change, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_what_failed_before_its_first_checkpoint_stands_in_nobodys_way(tmp_path):
+    def refuse(batch, outputs):
+        raise LookupError("no logits")
+
+    with pytest.raises(LookupError, match="no logits"):
+        distil("kd", tmp_path, temperature=2, num_epochs=1, adaptor_T=refuse)
+    assert (tmp_path / "distill.json").exists()
+    distil("kd", tmp_path, temperature=3, num_epochs=1)
+    assert json.loads((tmp_path / "distill.json").read_text())["settings"] == {"temperature": 3}
+
+
+def test_the_configurations_checkpoints_are_kept(tmp_path):
+    called, config = [], TrainingConfig(progress_bar=False, device="cpu", ckpt_steps=4, save_total_limit=None)
+    textbrewer.distill(
+        teacher_of("kd"),
+        student_of("kd"),
+        "kd",
+        dataloader=batches(),
+        num_steps=10,
+        output_dir=tmp_path,
+        train_config=config,
+        callback=lambda model, step: called.append(step),
+    )
+    assert called == [4, 8, 10]
+    assert {path.name for path in tmp_path.rglob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8", "checkpoint-10"}
+
+
+def test_of_steps_and_epochs_the_steps_count_and_it_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="num_steps=5 and num_epochs=4 are both given: num_steps counts"):
+        distil("kd", tmp_path, num_steps=5)
+    assert json.loads((tmp_path / "distill.json").read_text())["steps"] == [5]
+
+
 def test_begins_anew_with_resume_false(tmp_path):
     distil("kd", tmp_path, num_epochs=1)
     called = []
@@ -161,6 +194,7 @@ def test_chains_teach_in_order():
 
 BAD = [
     ({"recipe": "tinybrt"}, KeyError, "unknown recipe 'tinybrt'; did you mean 'tinybert'"),
+    ({"temprature": 2}, TypeError, "recipe 'kd' has no setting 'temprature'; did you mean 'temperature'. known: temp"),
     ({"student": 1.5}, TypeError, "student must be a torch module, or a number of layers, got 1.5"),
     ({"student": 9}, ValueError, "layers"),
     ({"teacher": "bert"}, TypeError, "teacher must be a torch module"),
@@ -168,6 +202,8 @@ BAD = [
     ({"num_steps": 1, "recipe": "tinybert"}, ValueError, "number of stages, 2, got 1"),
     ({"learning_rate": 0}, ValueError, "learning_rate must be greater than 0"),
     ({"dataloader": iter([])}, ValueError, "num_steps must be given"),
+    ({"dataloader": []}, ValueError, "dataloader must yield at least one batch, its length is 0"),
+    ({"dataloader": [], "num_steps": 4}, ValueError, "dataloader must yield at least one batch, its length is 0"),
     ({"recipe": "textbrewer-L3", "student": 2}, ValueError, "is for students of 3 layers, got 2; use 'hidden'"),
     ({"recipe": "pkd-skip", "alpha": 2}, ValueError, "alpha must be at most 1, got 2"),
     ({"recipe": "tinybert", "intermediate_share": 1}, ValueError, "intermediate_share must be less than 1"),

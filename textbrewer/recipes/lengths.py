@@ -28,8 +28,10 @@ def lengths_of(
         accumulation: batches a step.
 
     Raises:
-        ValueError: if the length cannot be told, or there are fewer steps than stages.
+        ValueError: if there is nothing to train on, the length cannot be told, or there are fewer steps than stages.
     """
+    if size == 0:
+        raise ValueError("dataloader must yield at least one batch, its length is 0 (dataset empty, or drop_last?)")
     a_pass = None if size is None else math.ceil(size / accumulation)
     if num_steps is None:
         epochs = 3 if num_epochs is None else num_epochs
@@ -37,6 +39,8 @@ def lengths_of(
         if a_pass is None:
             raise ValueError("num_steps must be given where the dataloader has no length, got num_epochs only")
         num_steps = int(epochs) * a_pass
+    elif num_epochs is not None:
+        checks.warn(f"num_steps={num_steps} and num_epochs={num_epochs} are both given: num_steps counts")
     checks.integer(num_steps, "num_steps", minimum=1)
     if num_steps < len(stages):
         raise ValueError(f"num_steps must be at least the recipe's number of stages, {len(stages)}, got {num_steps}")
