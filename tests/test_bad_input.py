@@ -6,6 +6,7 @@ Every message is checked for the name of what is wrong, its value, and the remed
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -457,3 +458,17 @@ def test_checkpoint_of_a_run_without_schedule(setting, checkpoint, tmp_path):
     other = setting(arguments={**arguments, **schedule})
     other.folder = tmp_path / "other"
     refuses(other, ValueError, str(checkpoint), "has no learning-rate schedule", "resume with the same")
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_a_weight_on_labels_that_are_not_there(setting, kind, weight):
+    def without(batch, outputs):
+        return {name: value for name, value in adaptor(batch, outputs).items() if name != "losses"}
+
+    run = setting(kind=kind, adaptor_S=without, config={"hard_label_weight": weight})
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run.run()
+    told = [str(item.message) for item in found if "hard_label_weight=0.5 has no effect" in str(item.message)]
+    assert len(told) == (1 if weight else 0)  # once, for the first batch

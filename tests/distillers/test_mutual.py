@@ -126,3 +126,10 @@ def test_one_adaptor_each(tmp_path):
     optimizer = torch.optim.SGD(distiller.cohort.parameters(), lr=0.1)
     with pytest.raises(KeyError, match="needs 'logits' of each student"), distiller:
         distiller.train(optimizer, batches(), num_epochs=1)
+
+
+def test_labels_that_are_not_there_are_told_once_of_each_student(tmp_path):
+    data = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches(3)]
+    with pytest.warns(UserWarning, match="hard_label_weight=1 has no effect") as found:
+        train(tmp_path, [bert(1, seed=1), bert(1, seed=2)], data)
+    assert len([item for item in found if "hard_label_weight" in str(item.message)]) == 2

@@ -25,7 +25,7 @@ class DistillationConfig(Config):
         temperature: divides the logits of both sides in the KD loss; positive.
         temperature_scheduler: the temperature by row: ``"none"``, ``"constant"``, ``["flsw", beta, gamma]`` or
             ``["cwsm", beta]``, or another entry of ``TEMPERATURE_SCHEDULER``.
-        hard_label_weight: factor of the sum of the adaptor's ``losses``.
+        hard_label_weight: factor of the sum of the adaptor's ``losses``; a first batch without them is warned of.
         hard_label_weight_scheduler: a further factor over the training: ``"none"``, a name of ``WEIGHT_SCHEDULER`` such
             as ``"linear_decay"``, or ``["warmup", fraction]``.
         kd_loss_type: a name of ``KD_LOSS_MAP``, or ``[name, {constant: value}]``.

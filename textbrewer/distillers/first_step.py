@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textbrewer import checks
 from textbrewer.adaptors import Views
 from textbrewer.distillers import heads
 from textbrewer.losses.widths import width_rule_of
@@ -21,8 +22,10 @@ _NO_CLASS = re.compile(r"[Tt]arget -?\d+ is out of bounds")
 _NO_ROW = re.compile(r"index out of range in self")
 
 
-def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch]) -> None:
-    """Check labels, masks, layers and widths; reads the device.
+def check(
+    results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch], hard_label_weight: float = 0
+) -> None:
+    """Check labels, masks, layers and widths; reads the device. Warns of a weight on losses that are not there.
 
     Raises:
         ValueError: if labels are outside the classes, masks pick other numbers of positions, or widths differ without
@@ -30,6 +33,7 @@ def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMa
         KeyError, IndexError: if a feature or layer is missing.
     """
     check_labels(results_S)
+    warn_without_losses(results_S, hard_label_weight)
     for results in results_T:
         check_masks(results_S, results)
     for planned in plan:
@@ -43,6 +47,16 @@ def check(results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMa
             check_same_mask(planned, results_S, results_T[match.teacher])
         if match.feature == "hidden" and width_rule_of(planned.loss) != "any":
             check_widths(planned, _first(feature_S), _first(feature_T))
+
+
+def warn_without_losses(results_S: Views, hard_label_weight: float) -> None:
+    """Warn if the labels have a weight, but the student's adaptor returned no ``losses``."""
+    if hard_label_weight and "losses" not in results_S:
+        checks.warn(
+            f"hard_label_weight={hard_label_weight:g} has no effect on this batch: the student's adaptor returned no "
+            "'losses'; return them (a transformers model has a loss when the batch has labels), or set "
+            "hard_label_weight=0"
+        )
 
 
 def check_same_mask(planned: PlannedMatch, results_S: Views, results_T: Views) -> None:

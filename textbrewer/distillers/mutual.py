@@ -125,6 +125,7 @@ class MutualStep:
     def __init__(self, runtime: Runtime, model_args: dict[str, Any], config: DistillationConfig) -> None:
         self.runtime, self.model_args, self.config = runtime, model_args, config
         self.knowledge = make_knowledge(config)
+        self._first = True
 
     def __call__(self, module: nn.Module, batch: Any, progress: float, share: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the students' losses, and the mean of its parts over the students."""
@@ -134,6 +135,9 @@ class MutualStep:
         for views in every:
             if "logits" not in views:
                 raise KeyError(f"mutual learning needs 'logits' of each student, one returned only {sorted(views)}")
+            if self._first:
+                first_step.warn_without_losses(views, self.config.hard_label_weight)
+        self._first = False
         now = terms.scheduled(self.config, progress, share)
         losses, values = [], {}
         for number, views in enumerate(every):
