@@ -154,12 +154,13 @@ def test_mixtures_run_as_models_of_the_drawn_layers(name, tmp_path):
 def test_uneven_groups(tmp_path):
     predecessor = Encoder(layers=5, dropout=0.0)
     distiller = theseus(tmp_path, predecessor)
-    assert [list(group) for group in distiller.mixture.groups] == [[0, 1], [2, 3, 4]]
+    assert [list(group) for group in distiller.mixture.groups] == [[0, 1, 2], [3, 4]]
     batch = {key: value for key, value in batches()[0].items() if key != "labels"}
     with distiller.mixture.drawn((True, False)):
         found = distiller.successor(**batch)["hidden"]
+    # The first successor block begins as block 2, the last of its group.
     expected = copy.deepcopy(predecessor)
-    expected.layers = nn.ModuleList(predecessor.layers[number] for number in (1, 2, 3, 4))
+    expected.layers = nn.ModuleList(predecessor.layers[number] for number in (2, 3, 4))
     for mine, theirs in zip(found, expected(**batch)["hidden"], strict=True):
         assert torch.equal(mine, theirs)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from textbrewer import checks
 from textbrewer.hooks.stacks import Stack
+from textbrewer.layouts.spacing import evenly_spaced
 
 __all__ = ["SCHEDULES", "Mixture", "PerBlock", "Rate", "draw", "grouped"]
 
@@ -23,14 +24,12 @@ Choice = Sequence[bool]
 
 
 def grouped(total: int, count: int) -> list[range]:
-    r"""Divide ``total`` blocks into ``count`` groups, of equal size where that is possible, else they differ by one.
+    """Divide ``total`` blocks into ``count`` groups, of equal size where that is possible, else they differ by one.
 
-    .. math:: G_i = \{\lfloor i n / k \rfloor, \dots, \lfloor (i + 1) n / k \rfloor - 1\}, \qquad i = 0 \dots k - 1
-
-    Of 6 blocks in 3 groups: 0-1, 2-3, 4-5; of 5 in 2: 0-1, 2-4.
+    Each ends with a layer of :func:`~textbrewer.layouts.spacing.evenly_spaced`, the one that a successor's block begins
+    as. Of 6 blocks in 3 groups: 0-1, 2-3, 4-5; of 5 in 2: 0-2, 3-4.
     """
-    ends = [number * total // count for number in range(count + 1)]
-    return [range(start, end) for start, end in itertools.pairwise(ends)]
+    return [range(start, end) for start, end in itertools.pairwise([0, *evenly_spaced(count, total)])]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class TheseusDistiller(BasicTrainer):
         train_config: how to train; without ``compile`` and ``data_parallel``, except for :meth:`finetune`.
         predecessor: the model to compress, trained on the task. It is left as it is, but for its device.
         successor_layers: k, the number of the successor's blocks. Where k does not divide n, the sizes of the groups
-            differ by one: group i ends before block ``(i + 1) * n // k``, counted from 0.
+            differ by one: of 5 blocks in 2 groups 0-2 and 3-4.
         adaptor: what the model's outputs mean, or ``"auto"`` for a transformers model; must return ``losses``.
         schedule: ``"linear"``: p = min(1, k t + b) after t optimiser steps; ``"constant"``: p = b.
         base_rate: b; ``None``: 0.3 for linear, 0.5 for constant.

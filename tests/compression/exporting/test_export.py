@@ -172,7 +172,8 @@ def test_the_tokenizer_and_the_classes_travel_along(tmp_path):
 
 def test_beyond_the_tolerance_nothing_is_written(tmp_path):
     model, batch = Bag(width=64), bag_batch(20)
-    with pytest.raises(ValueError, match=r"'logits' is off by [\d.e-]+, more than 1e-06;.* \(over 21 rows") as caught:
+    message = r"'logits' is off by [\d.e-]+ of its root mean square, more than 1e-06;.* \(over 21 rows"
+    with pytest.raises(ValueError, match=message) as caught:
         export(model, tmp_path / "a" / "b" / "m.onnx", data=batch, quantize="int8", tolerance=1e-6, agreement=0)
     assert "of 21 decisions the same" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -218,17 +219,34 @@ def test_what_is_there_stays(tmp_path, monkeypatch):
     torch.testing.assert_close(load_exported(path)(**batch).logits, Bag()(**batch)["logits"].detach())
 
 
+def test_a_quantised_file_is_held_to_the_root_mean_square():
+    """One row of a hundred that is far off is no failure of it, as it is of a float32 file; all of them a bit are."""
+    expected = torch.tensor([[3.0, -4.0]]).repeat(100, 1)
+    one, all_of_them = expected.clone(), expected * 1.2
+    one[7] = torch.tensor([-1.0, 1.0])
+    for found, share in ((one, (41 / 2500) ** 0.5), (all_of_them, 0.2)):
+        check = checking.compare(
+            lambda batch: {"logits": expected}, lambda batch: {"logits": found}, [{"ids": expected}]
+        )
+        assert check.outputs["logits"].relative_difference == pytest.approx(share, rel=1e-6)
+        assert check.failures(0.15, 0.9, quantized=True) == (
+            [] if found is one else ["'logits' is off by 0.2 of its root mean square, more than 0.15"]
+        )
+    assert checking.Figures(squared_difference=1.0).relative_difference == float("inf")
+    assert checking.Figures().relative_difference == 0.0
+
+
 def test_padding_does_not_count():
     expected = {"start_logits": torch.tensor([[1.0, 2.0, 9.0]]), "logits": torch.zeros(1, 3, 2)}
     found = {"start_logits": torch.tensor([[1.0, 2.5, -9.0]]), "logits": torch.zeros(1, 3, 2)}
     found["logits"][0, 2] = torch.tensor([5.0, 7.0])
     batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
     check = checking.compare(lambda batch: expected, lambda batch: found, [batch])
-    assert check.outputs["start_logits"] == checking.Figures(0.5, 2.0, 1, 1)
+    assert check.outputs["start_logits"] == checking.Figures(0.5, 2.0, 1, 1, 0.25, 5.0)
     assert check.outputs["logits"] == checking.Figures(0.0, 0.0, 2, 2)
     whole = checking.compare(lambda batch: expected, lambda batch: found, [{"ids": torch.ones(1, 3)}])
-    assert whole.outputs["start_logits"] == checking.Figures(18.0, 9.0, 1, 0)
-    assert whole.outputs["logits"] == checking.Figures(7.0, 0.0, 3, 2)
+    assert whole.outputs["start_logits"] == checking.Figures(18.0, 9.0, 1, 0, 324.25, 86.0)
+    assert whole.outputs["logits"] == checking.Figures(7.0, 0.0, 3, 2, 74.0, 0.0)
     assert whole.failures(1.0, 0.0) == ["'start_logits' is off by 18, more than 9", "'logits' is off by 7, more than 1"]
     nothing = {"logits": torch.full((1, 3, 2), torch.nan)}
     assert checking.compare(lambda batch: {"logits": torch.zeros(1, 3, 2)}, lambda batch: nothing, [batch]).failures(

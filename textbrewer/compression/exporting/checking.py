@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 __all__ = ["AGREEMENTS", "TOLERANCES", "Check", "Figures", "compare"]
 
 TOLERANCES = {None: 1e-4, "bf16": 0.05, "int8": 0.15}
-"""How far an output may be off, for outputs that are not beyond 1; of others, as a share of the largest."""
+"""How far an output may be off: of a float32 file any number of it, as a share of the largest where that is beyond 1;
+of a quantised one the root mean square of the differences, as a share of that of the output."""
 AGREEMENTS = {None: 0.0, "bf16": 0.9, "int8": 0.9}
 """Share of the decisions that must stay."""
 
@@ -26,12 +28,23 @@ class Figures:
         largest: absolute value of the model's output.
         decisions: rows or positions of which the largest logit was looked at.
         agreeing: those of which it is the same one.
+        squared_difference: sum of the squared differences.
+        squared: sum of the squares of the model's output.
     """
 
     difference: float = 0.0
     largest: float = 0.0
     decisions: int = 0
     agreeing: int = 0
+    squared_difference: float = 0.0
+    squared: float = 0.0
+
+    @property
+    def relative_difference(self) -> float:
+        """Root mean square of the differences, as a share of the output's."""
+        if self.squared_difference == 0.0:
+            return 0.0
+        return math.sqrt(self.squared_difference / self.squared) if self.squared else math.inf
 
     @property
     def agreement(self) -> float | None:
@@ -66,24 +79,46 @@ class Check:
 
     def summary(self) -> dict[str, Any]:
         """Return the figures as JSON has them."""
-        found = {name: {**asdict(figures), "agreement": figures.agreement} for name, figures in self.outputs.items()}
+        found = {
+            name: {
+                "difference": figures.difference,
+                "largest": figures.largest,
+                "relative_difference": figures.relative_difference,
+                "decisions": figures.decisions,
+                "agreeing": figures.agreeing,
+                "agreement": figures.agreement,
+            }
+            for name, figures in self.outputs.items()
+        }
         return {"rows": self.rows, "shapes": [list(shape) for shape in self.shapes], "outputs": found}
 
     def __str__(self) -> str:
         lines = []
         for name, figures in self.outputs.items():
-            line = f"{name}: off by at most {figures.difference:.2g} (its largest value is {figures.largest:.3g})"
+            line = (
+                f"{name}: off by at most {figures.difference:.2g} (its largest value is {figures.largest:.3g}), in the "
+                f"root mean square by {figures.relative_difference:.2g} of it"
+            )
             if figures.decisions:
                 line += f", {figures.agreeing} of {figures.decisions} decisions the same"
             lines.append(line)
         return "; ".join(lines)
 
-    def failures(self, tolerance: float, agreement: float) -> list[str]:
-        """Return what is not within the bounds."""
+    def failures(self, tolerance: float, agreement: float, quantized: bool = False) -> list[str]:
+        """Return what is not within the bounds.
+
+        Of a quantised file not the largest difference counts, which is that of the row that happens to be nearest to
+        a decision, and grows with the number of rows.
+        """
         found = []
         for name, figures in self.outputs.items():
             bound = tolerance * max(1.0, figures.largest)
-            if not figures.difference <= bound:
+            if quantized and not figures.relative_difference <= tolerance:
+                found.append(
+                    f"{name!r} is off by {figures.relative_difference:.3g} of its root mean square, more than "
+                    f"{tolerance:.3g}"
+                )
+            elif not quantized and not figures.difference <= bound:
                 found.append(f"{name!r} is off by {figures.difference:.3g}, more than {bound:.3g}")
             if figures.agreement is not None and figures.agreement < agreement:
                 found.append(
@@ -137,6 +172,8 @@ def _add(figures: Figures, name: str, expected: Tensor, found: Tensor, mask: Ten
     off = (one - other).abs()
     figures.difference = max(figures.difference, float("inf") if bool(off.isnan().any()) else float(off.max()))
     figures.largest = max(figures.largest, float(one.abs().max()))
+    figures.squared_difference += float(off.square().sum())
+    figures.squared += float(one.square().sum())
     if "logits" in name and one.dim() >= 2 and one.shape[-1] > 1:
         if mask is not None and one.dim() == 2:  # a choice among the positions themselves
             one, other = (values.masked_fill(~mask, -torch.inf) for values in (one, other))

@@ -65,7 +65,8 @@ def export(
     output :math:`y` of the model and :math:`\hat y` of the file, at all positions that are no padding,
 
     .. math::
-        \max |\hat y - y| \le \mathrm{tolerance} \cdot \max(1, \max |y|)
+        \max |\hat y - y| \le \mathrm{tolerance} \cdot \max(1, \max |y|), \qquad
+        \text{quantised:}\ \sqrt{\textstyle\sum (\hat y - y)^2} \le \mathrm{tolerance} \cdot \sqrt{\textstyle\sum y^2}
 
     and of outputs named ``logits`` the largest must be the same one in a share ``agreement`` of the rows or positions.
 
@@ -217,6 +218,7 @@ def _checked(
     failures = check.failures(
         TOLERANCES[target.quantize] if tolerance is None else float(tolerance),
         AGREEMENTS[target.quantize] if agreement is None else float(agreement),
+        quantized=target.quantize is not None,
     )
     if failures:
         raise ValueError(
