@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from textbrewer import checks, engine, recipes
 from textbrewer.adaptors import Adaptor
 from textbrewer.configurations import TrainingConfig
 from textbrewer.distillers import GeneralDistiller, MutualDistiller
+from textbrewer.distillers.batch_parts import split
 from textbrewer.distillers.frozen import untrained
 from textbrewer.files import replaced
 from textbrewer.hooks import resolve
@@ -28,7 +30,7 @@ from textbrewer.recipes import Stage
 from textbrewer.recipes.lengths import lengths_of
 from textbrewer.recipes.optimisation import WarmUpAndDecay, make_optimizer
 from textbrewer.students import init_student_from_teacher
-from textbrewer.teacher_cache import TeacherCache
+from textbrewer.teacher_cache import TeacherCache, fingerprint
 
 __all__ = ["distill"]
 
@@ -87,10 +89,12 @@ def distill(
         is_caching_logits: keep what each stage needs of the teacher's outputs in main memory, see
             ``DistillationConfig``; batches then keep their rows.
         train_config: precision, device, logging, accumulation and the like; checkpoints come every ``ckpt_steps``
-            optimiser steps, once a pass if it is ``None``. Its ``output_dir`` is set here.
+            optimiser steps, once a pass if it is ``None``. Its ``output_dir`` is set here; each stage logs into a
+            folder of its own below ``log_dir``.
         max_grad_norm: gradients are clipped to this norm; not positive: no clipping.
-        resume: go on with what ``output_dir`` holds of the same call; ``False``: begin anew (checkpoints of an earlier
-            call are replaced as the new ones come).
+        resume: go on with what ``output_dir`` holds of the same call, which is told by the recipe, its settings, the
+            length and the teacher's weights, not by the data: what is finished is not trained again. ``False``: begin
+            anew (checkpoints of an earlier call are replaced as the new ones come).
         **settings: the recipe's own settings, such as ``temperature=2``.
 
     Returns:
@@ -109,20 +113,20 @@ def distill(
     checks.number(rate, "learning_rate", above=0)
     pupil, stages = _stages(recipe, teacher, student, settings)
     accumulation = config.gradient_accumulation_steps
+    if not callable(make := make_optimizer if optimizer is None else optimizer):
+        raise TypeError(f"optimizer must be a function (model, learning_rate) -> optimizer, got {make!r}")
     lengths, a_pass = lengths_of(stages, engine.size_of(dataloader), num_epochs, num_steps, accumulation)
-    _begin(Path(output_dir), {"recipe": recipe, "settings": _plain(settings), "steps": lengths, "rate": rate}, resume)
-    arguments = {
-        "dataloader": dataloader,
-        "scheduler_class": LambdaLR,
-        "max_grad_norm": max_grad_norm,
-        "resume_from": "latest" if resume else None,
-    }
-    make = make_optimizer if optimizer is None else optimizer
+    record = {"recipe": recipe, "settings": _plain(settings), "steps": lengths, "rate": rate}
+    record |= {"accumulation": accumulation, "max_grad_norm": max_grad_norm, **_models(teacher, pupil)}
+    began = _begin(Path(output_dir), record, resume)
+    arguments = {"dataloader": dataloader, "scheduler_class": LambdaLR, "max_grad_norm": max_grad_norm}
     run = _Run(teacher, pupil, adaptor_T, adaptor_S, teacher_cache, is_caching_logits, make, rate, arguments, callback)
     for number, (stage, steps) in enumerate(zip(stages, lengths, strict=True), 1):
         logger.info("%s, stage %d of %d: %s, %d steps", recipe, number, len(stages), stage.name, steps)
-        place, every = str(Path(output_dir) / f"{number}-{stage.name}"), config.ckpt_steps or min(steps, a_pass)
-        run.train(stage, steps, dataclasses.replace(config, output_dir=place, ckpt_steps=every))
+        name, every = f"{number}-{stage.name}", config.ckpt_steps or min(steps, a_pass)
+        log_dir = None if config.log_dir is None else os.path.join(config.log_dir, name)
+        place = dataclasses.replace(config, output_dir=str(Path(output_dir) / name), log_dir=log_dir, ckpt_steps=every)
+        run.train(stage, steps, place, began)
     return pupil
 
 
@@ -138,9 +142,15 @@ def _stages(
             raise TypeError(f"recipe {recipe!r} has no setting {name!r}; {suggestion(name, names)}")
     checks.is_a(teacher, nn.Module, "teacher", "a torch module")
     if isinstance(student, int) and not isinstance(student, bool):
-        student = init_student_from_teacher(teacher, layers=student, dropout=0.0)
+        # Of a teacher in half precision too: the updates of a training are lost in its rounding.
+        student = init_student_from_teacher(teacher, layers=student, dropout=0.0).float()
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch module, or a number of layers, got {student!r}")
+    if any(item.dtype == torch.float16 and item.requires_grad for item in student.parameters()):
+        raise ValueError(
+            "student must have its weights in float32 to be trained, got float16; call student.float() first, and set "
+            "precision in train_config for a training in half precision"
+        )
     try:
         return student, make(teacher, student, **settings)
     except TypeError as error:
@@ -162,8 +172,9 @@ class _Run:
     arguments: dict[str, Any]
     callback: Callable[..., Any] | None
 
-    def train(self, stage: Stage, steps: int, config: TrainingConfig) -> None:
-        """Train one stage."""
+    def train(self, stage: Stage, steps: int, config: TrainingConfig, began: float) -> None:
+        """Train one stage; go on from its newest checkpoint, if that is not older than the distillation."""
+        found = engine.checkpoints_in(Path(config.output_dir))
         student = self.student if stage.student is None else stage.student
         distiller = self._distiller(stage, config, student)
         trained = distiller.cohort if isinstance(distiller, MutualDistiller) else student
@@ -174,6 +185,8 @@ class _Run:
                 num_steps=steps,
                 scheduler_args={"lr_lambda": WarmUpAndDecay(steps)},
                 callback=self.callback if student is self.student else None,
+                resume_from="latest" if found and found[0][1]["saved_at"] >= began else None,
+                batch_postprocessor=_for_all if stage.teacher or stage.student or stage.peers else None,
                 **self.arguments,
             )
 
@@ -199,6 +212,29 @@ class _Run:
         )
 
 
+def _for_all(batch: Any) -> Any:
+    """Return a batch of a stage with further models; one with a part for each side does not tell which they read.
+
+    Raises:
+        ValueError: if it has parts.
+    """
+    if split(batch)[1] is not batch:
+        raise ValueError(
+            "dataloader must yield batches that all models read for a recipe with models between teacher and student, "
+            "got parts for 'teacher' and 'student'; use a recipe of these two alone, such as 'kd'"
+        )
+    return batch
+
+
+def _models(teacher: nn.Module, student: nn.Module) -> dict[str, str]:
+    """Return what is noted of the models: the teacher's weights, as a hash, and the student's size."""
+    size = sum(parameter.numel() for parameter in student.parameters())
+    return {
+        "teacher": f"{type(teacher).__name__} {fingerprint.of_model(teacher)}",
+        "student": f"{type(student).__name__} of {size} parameters",
+    }
+
+
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings as JSON can hold them; a model is told by its class."""
     plain: dict[str, Any] = {}
@@ -210,22 +246,27 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _begin(folder: Path, record: dict[str, Any], resume: bool) -> None:
+def _begin(folder: Path, record: dict[str, Any], resume: bool) -> float:
     """Note in the output folder what is distilled there; refuse to go on with something else.
 
     What ended before its first checkpoint, by an error in its arguments for one, stands in nobody's way.
 
+    Returns:
+        When it began: older checkpoints are of another one.
+
     Raises:
         ValueError: if the folder holds another distillation.
     """
-    path = folder / _RECORD
+    path, began = folder / _RECORD, time.time()
     if resume and path.exists() and any(folder.glob("*/checkpoint-*")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        other = sorted(name for name in record if found.get(name) != record[name])
+        began = found.get("began", 0.0)
+        other = sorted(name for name in record if name in found and found[name] != record[name])
         if other:
             raise ValueError(
                 f"output_dir {str(folder)!r} holds another distillation ({other[0]} {found.get(other[0])!r}, here "
                 f"{record[other[0]]!r}); name another folder, or begin anew with resume=False"
             )
     with replaced(path) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps({**record, "began": began}, indent=2) + "\n", encoding="utf-8")
+    return began

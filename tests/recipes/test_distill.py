@@ -67,7 +67,8 @@ def test_weight_decay_is_on_matrices_only():
         ([1], 10, 3, None, 1, [30]),
         ([1], 10, None, None, 1, [30]),
         ([3, 1], 10, 4, None, 1, [30, 10]),
-        ([3, 1], 10, 4, None, 4, [9, 3]),
+        ([3, 1], 10, 4, None, 4, [8, 2]),
+        ([1], 5, 3, None, 4, [4]),
         ([0.25, 0.25, 0.5], None, None, 9, 1, [2, 2, 5]),
         ([100, 1, 1], 7, None, 3, 1, [1, 1, 1]),
         ([1, 1, 100], 7, None, 4, 1, [1, 1, 2]),
@@ -195,6 +196,7 @@ def test_chains_teach_in_order():
 BAD = [
     ({"recipe": "tinybrt"}, KeyError, "unknown recipe 'tinybrt'; did you mean 'tinybert'"),
     ({"temprature": 2}, TypeError, "recipe 'kd' has no setting 'temprature'; did you mean 'temperature'. known: temp"),
+    ({"optimizer": 1e-3}, TypeError, "optimizer must be a function"),
     ({"student": 1.5}, TypeError, "student must be a torch module, or a number of layers, got 1.5"),
     ({"student": 9}, ValueError, "layers"),
     ({"teacher": "bert"}, TypeError, "teacher must be a torch module"),
@@ -254,3 +256,71 @@ def test_the_readmes_lines_are_twelve_and_run(tmp_path, monkeypatch):
     assert (tmp_path / "bert-6-layers-sst2" / "model.safetensors").exists()
     assert isinstance(names["loader"], DataLoader)
     assert names["textbrewer"] is textbrewer
+
+
+def test_another_teachers_student_is_not_taken_for_this_ones(tmp_path):
+    distil("kd", tmp_path, num_epochs=1)
+    other = bert(4, seed=9)
+    with pytest.raises(ValueError, match=r"holds another distillation \(teacher 'BertForSequenceClassification"):
+        distil("kd", tmp_path, teacher=other, num_epochs=1)
+    anew = distil("kd", tmp_path / "other", teacher=other, num_epochs=1)
+    assert largest_difference(weights(anew), weights(distil("kd", tmp_path, num_epochs=1))) > 0
+
+
+def test_begun_anew_and_interrupted_goes_on_with_the_new_stages(tmp_path):
+    """Of a distillation that was begun anew, no stage goes on from the earlier one's checkpoints."""
+    first = weights(distil("tinybert", tmp_path))
+    other = {name: value + 0.1 if value.is_floating_point() else value for name, value in first.items()}
+
+    def student():
+        model = student_of("tinybert")
+        model.load_state_dict(other)
+        return model
+
+    def stop(model, step):
+        raise KeyboardInterrupt
+
+    expected = weights(distil("tinybert", tmp_path / "whole", student=student()))
+    with pytest.warns(UserWarning, match="earlier run"), pytest.raises(KeyboardInterrupt):
+        distil("tinybert", tmp_path, student=student(), resume=False, callback=stop)
+    with pytest.warns(UserWarning, match="earlier run"):  # the second stage has not begun yet
+        found = weights(distil("tinybert", tmp_path, student=student()))
+    assert largest_difference(found, expected) == 0
+    assert largest_difference(found, first) > 0
+
+
+@pytest.mark.parametrize("recipe", ["born-again", "teacher-assistant", "deep-mutual-learning"])
+def test_parts_for_each_side_are_refused_where_there_are_models_between(recipe, tmp_path):
+    parts = [{"teacher": batch, "student": batch} for batch in batches()]
+    with pytest.raises(ValueError, match="must yield batches that all models read"):
+        distil(recipe, tmp_path, dataloader=parts, num_epochs=1)
+    distil("kd", tmp_path / "kd", dataloader=parts, num_epochs=1)
+
+
+def test_a_student_made_of_a_teacher_in_half_precision_is_in_float32(tmp_path):
+    teacher, config = bert(4).to(torch.float16), TrainingConfig(progress_bar=False, device="cpu")
+    assert textbrewer.api._stages("kd", teacher, 2, {})[0].dtype == torch.float32
+    with pytest.raises(ValueError, match=r"float32 to be trained, got float16; call student\.float\(\)"):
+        textbrewer.distill(
+            bert(4), bert(2).half(), "kd", dataloader=batches(), output_dir=tmp_path, train_config=config
+        )
+
+
+def test_each_stage_logs_into_its_own_folder(tmp_path):
+    config = TrainingConfig(progress_bar=False, device="cpu", log_dir=str(tmp_path / "log"))
+    arguments = {"dataloader": batches(), "num_steps": 4, "output_dir": tmp_path / "out", "train_config": config}
+    textbrewer.distill(teacher_of("tinybert"), student_of("tinybert"), "tinybert", **arguments)
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"1-intermediate", "2-prediction"}
+
+
+@pytest.mark.parametrize(("loss", "teaches"), [("kl", False), ("ce", False), ("mse", True)])
+def test_a_regression_is_not_taught_by_a_softmax(loss, teaches, tmp_path):
+    models = {"teacher": bert(4, labels=1), "student": bert(2, seed=5, labels=1)}
+    data = [{**batch, "labels": batch["labels"].float()} for batch in batches()]
+    if teaches:
+        before = models["student"].classifier.bias.clone()
+        distil("kd", tmp_path, dataloader=data, num_epochs=1, loss=loss, **models)
+        assert not torch.equal(models["student"].classifier.bias, before)
+    else:
+        with pytest.raises(ValueError, match=f"kd_loss_type='{loss}' compares probabilities of classes.*'mse'"):
+            distil("kd", tmp_path, dataloader=data, num_epochs=1, loss=loss, **models)

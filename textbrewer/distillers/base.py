@@ -219,8 +219,7 @@ class BaseDistiller:
             self.cached_run.check(task, batch, results_S, results_T)
         first = self._key(task) not in self._checked
         if first:
-            heard_plan, weight = heard(self.lesson.plan, results_T), self.lesson.config.hard_label_weight
-            first_step.check(results_S, results_T, heard_plan, weight)
+            first_step.check(results_S, results_T, heard(self.lesson.plan, results_T), self.lesson.config)
             if share is not None:
                 weighting.check_counts(self.count_positions(student_batch), results_S)
         loss, logs = self.compute_loss(results_S, self._as_results(results_T))

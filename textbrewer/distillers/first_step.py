@@ -12,18 +12,23 @@ from torch import Tensor
 
 from textbrewer import checks
 from textbrewer.adaptors import Views
+from textbrewer.configurations import DistillationConfig
 from textbrewer.distillers import heads
 from textbrewer.losses.widths import width_rule_of
 from textbrewer.matching import PlannedMatch, select, teacher_feature
 from textbrewer.teacher_cache.contents import form_of_match
 
+# The library's losses that are 0, or without a gradient, where there is one class.
+_OF_CLASSES = frozenset(
+    ("ce", "kl", "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation")
+) | {"dkd", "nkd", "dist", "wsld"}
 # What torch says on a CPU of a class without a logit, and of a number without a row in an embedding.
 _NO_CLASS = re.compile(r"[Tt]arget -?\d+ is out of bounds")
 _NO_ROW = re.compile(r"index out of range in self")
 
 
 def check(
-    results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch], hard_label_weight: float = 0
+    results_S: Views, results_T: Sequence[Views], plan: Sequence[PlannedMatch], config: DistillationConfig
 ) -> None:
     """Check labels, masks, layers and widths; reads the device. Warns of a weight on losses that are not there.
 
@@ -33,7 +38,8 @@ def check(
         KeyError, IndexError: if a feature or layer is missing.
     """
     check_labels(results_S)
-    warn_without_losses(results_S, hard_label_weight)
+    check_single_logits(results_S, config)
+    warn_without_losses(results_S, config.hard_label_weight)
     for results in results_T:
         check_masks(results_S, results)
     for planned in plan:
@@ -47,6 +53,18 @@ def check(
             check_same_mask(planned, results_S, results_T[match.teacher])
         if match.feature == "hidden" and width_rule_of(planned.loss) != "any":
             check_widths(planned, _first(feature_S), _first(feature_T))
+
+
+def check_single_logits(results_S: Views, config: DistillationConfig) -> None:
+    """Raise ValueError if logits of one number, as of a regression, meet a loss whose softmax makes 1 of each."""
+    kind = config.kd_loss_type if isinstance(config.kd_loss_type, str) else config.kd_loss_type[0]
+    single = any(head.shape[-1] == 1 for head in results_S.get("logits", []))
+    if single and config.kd_loss_weight and kind in _OF_CLASSES:
+        raise ValueError(
+            f"kd_loss_type={kind!r} compares probabilities of classes, and logits of a single number have none: it "
+            "would teach nothing; use 'mse' with temperature=1 for a regression (recipe 'kd': loss='mse'), 'sigmoid' "
+            "for a yes or no"
+        )
 
 
 def warn_without_losses(results_S: Views, hard_label_weight: float) -> None:

@@ -1,7 +1,7 @@
 """The only training loop of the library; it knows batches, losses and checkpoints, and nothing of distillation."""
 
 from textbrewer.engine.batches import LoaderBatches, Source, TaskBatches
-from textbrewer.engine.checkpoint import find_checkpoint
+from textbrewer.engine.checkpoint import checkpoints_in, find_checkpoint
 from textbrewer.engine.job import Job, Step
 from textbrewer.engine.loaders import first_batch, generators_of, size_of
 from textbrewer.engine.loop import run
@@ -23,6 +23,7 @@ __all__ = [
     "Step",
     "StepPlan",
     "TaskBatches",
+    "checkpoints_in",
     "find_checkpoint",
     "first_batch",
     "generators_of",

@@ -49,7 +49,7 @@ def teacher_assistant(
                 f"assistant must have more layers than the student ({layers_S}) and fewer than the teacher "
                 f"({layers_T}), got {layers}; give a model of another width as assistant=..., or use 'kd'"
             )
-        assistant = init_student_from_teacher(teacher, layers=int(layers))
+        assistant = init_student_from_teacher(teacher, layers=int(layers)).float()
 
     def config() -> DistillationConfig:
         return DistillationConfig(temperature=temperature, kd_loss_type="kl", hard_label_weight=hard_label_weight)
@@ -132,7 +132,7 @@ def deep_mutual_learning(
     checks.is_a(teacher_joins, bool, "teacher_joins", "True or False")
     cohort = [copy.deepcopy(student) for _ in range(int(peers))]
     if teacher_joins:
-        cohort.append(copy.deepcopy(teacher))
+        cohort.append(copy.deepcopy(teacher).float().requires_grad_(True))
     if not cohort:
         raise ValueError("peers must be at least 1 where the teacher does not join, got 0; set teacher_joins=True")
     config = DistillationConfig(

@@ -36,9 +36,9 @@ def lengths_of(
     if num_steps is None:
         epochs = 3 if num_epochs is None else num_epochs
         checks.integer(epochs, "num_epochs", minimum=1)
-        if a_pass is None:
+        if size is None:
             raise ValueError("num_steps must be given where the dataloader has no length, got num_epochs only")
-        num_steps = int(epochs) * a_pass
+        num_steps = math.ceil(int(epochs) * size / accumulation)
     elif num_epochs is not None:
         checks.warn(f"num_steps={num_steps} and num_epochs={num_epochs} are both given: num_steps counts")
     checks.integer(num_steps, "num_steps", minimum=1)
