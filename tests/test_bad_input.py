@@ -472,3 +472,21 @@ def test_a_weight_on_labels_that_are_not_there(setting, kind, weight):
         run.run()
     told = [str(item.message) for item in found if "hard_label_weight=0.5 has no effect" in str(item.message)]
     assert len(told) == (1 if weight else 0)  # once, for the first batch
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"temperature_scheduler": ["linear", 1.0]}, "the temperature scheduler 'linear' must know the run's length"),
+        ({"kd_loss_type": "annealing"}, "kd_loss_type='annealing' must know the run's length"),
+    ],
+)
+def test_progress_without_a_length(setting, config, message):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            yield from make_loader()
+
+    data = DataLoader(Endless(), batch_size=None)
+    with pytest.raises(ValueError, match=f"{message}.*give num_steps"):
+        setting(config=config, data=data, arguments={"num_epochs": 1}).run()
+    setting(config=config, data=data, arguments={"num_steps": 2}).run()

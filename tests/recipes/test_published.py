@@ -1,9 +1,13 @@
 """The layer maps and constants of each recipe, against those of the papers and the authors' code."""
 
+import dataclasses
+
 import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from tests.recipes.jobs import bert
-from textbrewer import recipes
+from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig, recipes
 
 TWELVE_TO_FOUR = [(0, 0), (3, 1), (6, 2), (9, 3), (12, 4)]
 TWELVE_TO_SIX = [(0, 0), (2, 1), (4, 2), (6, 3), (8, 4), (10, 5), (12, 6)]
@@ -158,3 +162,47 @@ def test_annealing():
     assert first.config.kd_loss_type == ["annealing", {"max_temperature": 7}]
     assert (first.config.temperature, first.config.hard_label_weight) == (1, 0)
     assert (second.config.kd_loss_weight, second.config.hard_label_weight) == (0, 1)
+
+
+def tiny(kind):
+    common = {"vocab_size": 30, "attn_implementation": "eager", "initializer_range": 0.5}
+    if kind == "gpt2":
+        no_dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, **no_dropout, **common))
+    no_dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
+    return BertForMaskedLM(BertConfig(**sizes, **no_dropout, **common))
+
+
+@pytest.mark.parametrize("recipe", ["minilm", "mobilebert"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_causal_models_are_matched_on_the_keys_that_they_see(recipe, kind, tmp_path):
+    """The match between the last layers' scores is the divergence of the models' own attention probabilities."""
+    torch.manual_seed(0)
+    models = [tiny(kind) for _ in range(2)]
+    [match] = [
+        match
+        for stage in recipes.get(recipe)(*models)
+        for match in stage.config.intermediate_matches
+        if match.feature == "scores" and match.layer_S == 1
+    ]
+    batch = {"input_ids": torch.randint(30, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+    with torch.no_grad():
+        teacher, student = (model.eval()(**batch, output_attentions=True).attentions[1] for model in models)
+    expected = 0.0
+    for p, q in zip(teacher.flatten(0, 2), student.flatten(0, 2)):
+        expected += sum(float(a * (a.log() - b.log())) for a, b in zip(p, q) if a > 0) / (3 * 2 * 6)
+    found = []
+
+    class Noting(GeneralDistiller):
+        def compute_loss(self, *views):
+            total, logs = super().compute_loss(*views)
+            found.append(float(total))
+            return total, logs
+
+    match = dataclasses.replace(match, weight=1)
+    learn = DistillationConfig(kd_loss_weight=0, intermediate_matches=[match])
+    config = TrainingConfig(output_dir=str(tmp_path), progress_bar=False, device="cpu")
+    optimizer = torch.optim.SGD(models[1].parameters(), lr=0.1)
+    Noting(config, learn, *models, "auto", "auto").train(optimizer, [batch], num_steps=1)
+    assert found[0] == pytest.approx(expected, rel=1e-4)

@@ -219,7 +219,10 @@ def open_teacher(
             "precision": f"{runtime.precision}, {precision or runtime.precision}",
             "arguments": repr(sorted(model_args.items())),
         }
-    space = Space(cache, {**asked.to_dict(cache, model), **teacher}, asked.contents, f"{task}/{number}")
+    two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if two_stacks:
+        teacher["positions"] = "of encoder and decoder"
+    space = Space(cache, {**asked.to_dict(cache, model), **teacher}, asked.contents, f"{task}/{number}", two_stacks)
     space.open()
 
     def run(batch: Any, needs: Needs | None) -> Views:

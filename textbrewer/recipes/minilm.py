@@ -8,7 +8,7 @@ from torch import nn
 
 from textbrewer import checks
 from textbrewer.configurations import DistillationConfig
-from textbrewer.recipes.stage import RECIPES, Stage, depths, equal_heads, heads_of, width_of
+from textbrewer.recipes.stage import RECIPES, Stage, attention_loss, depths, equal_heads, heads_of, width_of
 
 
 def _last_layer(feature: str, loss: Any, layer_T: int, layer_S: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def minilm(
     layers_T, layers_S = depths(teacher, student, "minilm")
     equal_heads(teacher, student, "minilm", "use 'minilmv2', which needs not, or give the student as many heads")
     matches = [
-        _last_layer("scores", "attention_kl", layers_T - 1, layers_S - 1),
+        _last_layer("scores", attention_loss("attention_kl", teacher, student), layers_T - 1, layers_S - 1),
         _last_layer("value", "relation_kl", layers_T - 1, layers_S - 1),
     ]
     return _stages(matches, prediction, temperature, relations_share)

@@ -10,7 +10,7 @@ from textbrewer import checks
 from textbrewer.configurations import DistillationConfig
 from textbrewer.hooks.stacks import find_stack
 from textbrewer.matching import layer_map
-from textbrewer.recipes.stage import RECIPES, Stage, depths, equal_heads, projection
+from textbrewer.recipes.stage import RECIPES, Stage, attention_loss, depths, equal_heads, projection
 
 
 @RECIPES.add("mobilebert")
@@ -51,11 +51,12 @@ def mobilebert(
     pairs = layer_map("uniform", *depths(teacher, student, "mobilebert"))
     if attention:
         equal_heads(teacher, student, "mobilebert", "set attention=False, or give the student as many heads")
+    loss = attention_loss("attention_kl", teacher, student) if attention else None
     proj = projection(teacher, student, "mobilebert")
     stages = []
     for layer_T, layer_S in pairs:
         config = DistillationConfig(
-            kd_loss_weight=0, intermediate_matches=_matches(layer_T, layer_S, len(pairs), attention, proj)
+            kd_loss_weight=0, intermediate_matches=_matches(layer_T, layer_S, len(pairs), loss, proj)
         )
         frozen = below(student, layer_S) if freeze and layer_S > 1 else []
         stages.append(Stage(f"layer-{layer_S}", config, share=progressive_share / len(pairs), frozen=frozen))
@@ -63,17 +64,17 @@ def mobilebert(
     return [*stages, Stage("prediction", last, share=1 - progressive_share)]
 
 
-def _matches(layer_T: int, layer_S: int, layers: int, attention: bool, proj: str | None) -> list[dict[str, Any]]:
-    """Return the matches of one layer."""
+def _matches(layer_T: int, layer_S: int, layers: int, attention: Any, proj: str | None) -> list[dict[str, Any]]:
+    """Return the matches of one layer, with that loss between attentions or none."""
     place: dict[str, Any] = {"layer_T": layer_T, "layer_S": layer_S, "feature": "hidden"}
     state = {**place, "loss": "layer_norm_mse", "weight": 100 / layers}
     matches = [state if proj is None else {**state, "proj": proj}]
     if proj is None:
         matches.append({**place, "loss": "state_mean", "weight": 5000 / layers})
         matches.append({**place, "loss": "state_variance", "weight": 5 / layers})
-    if attention:
+    if attention is not None:
         place = {"layer_T": layer_T - 1, "layer_S": layer_S - 1, "feature": "scores"}
-        matches.append({**place, "loss": "attention_kl", "weight": 1 / layers})
+        matches.append({**place, "loss": attention, "weight": 1 / layers})
     return matches
 
 

@@ -13,7 +13,7 @@ from textbrewer.configurations import DistillationConfig
 from textbrewer.matching import number_of_layers
 from textbrewer.registry import Registry
 
-__all__ = ["RECIPES", "Recipe", "Stage", "depths", "get", "width_of"]
+__all__ = ["RECIPES", "Recipe", "Stage", "attention_loss", "depths", "get", "width_of"]
 
 RECIPES = Registry("recipe")
 """Recipes: ``f(teacher, student, **settings) -> [Stage, ...]``."""
@@ -117,6 +117,13 @@ def heads_of(model: nn.Module, who: str, recipe: str) -> int:
         f"recipe {recipe!r} must know the number of attention heads of the {who}, and {type(model).__name__} has no "
         "config that tells it; write the matches yourself, with a GeneralDistiller"
     )
+
+
+def attention_loss(name: str, *models: nn.Module) -> str | list[Any]:
+    """Return a loss between attention scores; of causal models without the keys after each query."""
+    causal = [any(getattr(module, "is_causal", False) is True for module in model.modules()) for model in models]
+    two_stacks = [getattr(getattr(model, "config", None), "is_encoder_decoder", False) for model in models]
+    return [name, {"causal": True}] if all(causal) and not any(two_stacks) else name
 
 
 def equal_heads(teacher: nn.Module, student: nn.Module, recipe: str, remedy: str) -> None:

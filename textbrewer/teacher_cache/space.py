@@ -40,10 +40,20 @@ class Space:
         request: what is asked for: teacher, adaptor, matches, precision, types; plain values.
         contents: what the losses read.
         role: which of several teachers it is, to tell their rows apart where the teachers are not there.
+        keep_padding: whether rows must be stored with their padding, as those of an encoder and a decoder, which have
+            positions of their own.
     """
 
-    def __init__(self, cache: TeacherCache, request: dict[str, Any], contents: Contents, role: str = "") -> None:
+    def __init__(
+        self,
+        cache: TeacherCache,
+        request: dict[str, Any],
+        contents: Contents,
+        role: str = "",
+        keep_padding: bool = False,
+    ) -> None:
         self.cache, self.request, self.contents, self.role = cache, request, contents, role
+        self.keep_padding = keep_padding
         self.layout: Layout | None = None
         self.name, self.plan_line = "", ""
         self.aside = False
@@ -127,7 +137,7 @@ class Space:
         padded = self.cache.keep_padding
         if padded is None and views_S is not None:
             padded = not layout.masks_cover_padding(views_S, views_T, batch_rows, contents)
-        padded = bool(padded) or layout.depends_on_padding(tensors, batch_rows, contents)
+        padded = bool(padded) or self.keep_padding or layout.depends_on_padding(tensors, batch_rows, contents)
         items = layout.items_of(tensors, padded, contents, self.cache.top_k, self.request["temperature"] or 1.0)
         length = 0.0 if batch_rows.kept is None else float(batch_rows.kept.sum()) / len(batch_rows.keys)
         sizes = {item.name: bytes_of(item, self.cache.dtype, length) for item in items}
