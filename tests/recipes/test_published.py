@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from tests.recipes.jobs import bert
 from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig, recipes
@@ -166,6 +173,10 @@ def test_annealing():
 
 def tiny(kind):
     common = {"vocab_size": 30, "attn_implementation": "eager", "initializer_range": 0.5}
+    if kind == "bart":
+        sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0, "init_std": 0.5}
+        return BartForConditionalGeneration(BartConfig(**sizes, **heads, max_position_embeddings=20, **common))
     if kind == "gpt2":
         no_dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
         return GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, **no_dropout, **common))
@@ -174,8 +185,10 @@ def tiny(kind):
     return BertForMaskedLM(BertConfig(**sizes, **no_dropout, **common))
 
 
-@pytest.mark.parametrize("recipe", ["minilm", "mobilebert"])
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [("minilm", "gpt2"), ("minilm", "bert"), ("minilm", "bart"), ("mobilebert", "gpt2"), ("mobilebert", "bert")],
+)
 def test_causal_models_are_matched_on_the_keys_that_they_see(recipe, kind, tmp_path):
     """The match between the last layers' scores is the divergence of the models' own attention probabilities."""
     torch.manual_seed(0)
@@ -188,7 +201,9 @@ def test_causal_models_are_matched_on_the_keys_that_they_see(recipe, kind, tmp_p
     ]
     batch = {"input_ids": torch.randint(30, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
     with torch.no_grad():
-        teacher, student = (model.eval()(**batch, output_attentions=True).attentions[1] for model in models)
+        outputs = [model.eval()(**batch, output_attentions=True) for model in models]
+    name = "decoder_attentions" if kind == "bart" else "attentions"
+    teacher, student = (output[name][1] for output in outputs)
     expected = 0.0
     for p, q in zip(teacher.flatten(0, 2), student.flatten(0, 2)):
         expected += sum(float(a * (a.log() - b.log())) for a, b in zip(p, q) if a > 0) / (3 * 2 * 6)

@@ -120,10 +120,16 @@ def heads_of(model: nn.Module, who: str, recipe: str) -> int:
 
 
 def attention_loss(name: str, *models: nn.Module) -> str | list[Any]:
-    """Return a loss between attention scores; of causal models without the keys after each query."""
-    causal = [any(getattr(module, "is_causal", False) is True for module in model.modules()) for model in models]
-    two_stacks = [getattr(getattr(model, "config", None), "is_encoder_decoder", False) for model in models]
-    return [name, {"causal": True}] if all(causal) and not any(two_stacks) else name
+    """Return a loss between attention scores; of causal models without the keys after each query.
+
+    Of models with encoder and decoder it is the decoder's attention to itself that is heard.
+    """
+    causal = all(
+        getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        or any(getattr(module, "is_causal", False) is True for module in model.modules())
+        for model in models
+    )
+    return [name, {"causal": True}] if causal else name
 
 
 def equal_heads(teacher: nn.Module, student: nn.Module, recipe: str, remedy: str) -> None:
