@@ -390,6 +390,75 @@ def test_rows_without_padding_are_refused_where_it_counts(tmp_path):
     assert apart(remedy, plain) < SAME
 
 
+def of_short_rows(batch, outputs):
+    """It counts the padding where there is more than one position of it a row."""
+    mask = batch["attention_mask"]
+    return {**adaptor(batch, outputs), "inputs_mask": torch.ones_like(mask) if (mask == 0).sum() > 4 else mask}
+
+
+def padded(count, seed):
+    batch = next(iter(make_loader(4, 4)))
+    ids = torch.randint(1, 9, (4, 6), generator=torch.Generator().manual_seed(seed))
+    return {**batch, "input_ids": ids, "attention_mask": (torch.arange(6) < 6 - count).long().repeat(4, 1)}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_without_padding_are_refused_where_only_a_later_batch_counts_it(first, tmp_path):
+    """One batch a step; ``first`` has no padding, or leaves it out, and tells nothing of the second."""
+    data, options = [padded(0, 1), padded(first, 2), padded(2, 3)], {"adaptor_S": of_short_rows}
+    if first:
+        data = data[1:]
+    with pytest.raises(CacheError, match=r"stored without padding.*TeacherCache\(\.\.\., keep_padding=True\)"):
+        Job(tmp_path / "job", cache=cache_at(tmp_path), **options).train(data)
+    remedy = Job(tmp_path / "remedy", cache=cache_at(tmp_path, keep_padding=True), **options).train(data)
+    assert apart(remedy, Job(tmp_path / "plain", **options).train(data)) < SAME
+
+
+def test_batches_without_the_mask_that_the_first_had(tmp_path):
+    """Nothing tells where their rows end: the teacher is run on them in every epoch."""
+
+    class Either(Encoder):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            return super().forward(input_ids, self.mask_of(input_ids, attention_mask), labels)
+
+        @staticmethod
+        def mask_of(input_ids, attention_mask):
+            return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+    def either(batch, outputs):
+        return adaptor({"attention_mask": torch.ones_like(batch["input_ids"]), **batch}, outputs)
+
+    data = [padded(1, 1), {name: value for name, value in padded(0, 2).items() if name != "attention_mask"}]
+    jobs = []
+    for cache in (None, cache_at(tmp_path)):
+        models = {"teachers": [Either(2, 48, seed=1)], "student": Either(1, 32, seed=2)}
+        options = {**models, "adaptor_T": either, "adaptor_S": either}
+        jobs.append(Job(tmp_path / str(len(jobs)), cache=cache, **options).train(data))
+    assert apart(jobs[1], jobs[0]) < SAME
+    assert [job.rows for job in jobs] == [24, 4 + 3 * 4]
+
+
+def test_means_made_with_another_mask_are_refused(tmp_path):
+    """A first run stores means over positions under the teacher's mask, a second one has another."""
+
+    def other(batch, outputs):
+        mask = batch["attention_mask"].clone()
+        mask[:, 0] = 0
+        return {**adaptor(batch, outputs), "inputs_mask": mask}
+
+    match = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "embed_distill", "weight": 1}
+    options = {"config": {"intermediate_matches": [match]}}
+
+    def run(name, cache, **more):
+        return Job(tmp_path / name, cache=cache, teachers=[Encoder(2, 32, seed=1)], **options, **more).train()
+
+    run("first", cache_at(tmp_path))
+    with pytest.raises(CacheError, match="means or products that were made with the teacher's 'inputs_mask'"):
+        run("second", cache_at(tmp_path), adaptor_S=other)
+    new = run("new", cache_at(tmp_path / "other"), adaptor_S=other)
+    assert apart(new, run("plain", None, adaptor_S=other)) < SAME
+
+
 # ---- losses of the user's own
 
 

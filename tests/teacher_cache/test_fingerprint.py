@@ -3,12 +3,18 @@
 import copy
 import functools
 import io
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tests.conftest import Encoder, adaptor, seed_all
+from textbrewer import DistillationConfig, GeneralDistiller, TeacherCache, TrainingConfig
 from textbrewer.teacher_cache.fingerprint import of_function, of_model
 
 transformers = pytest.importorskip("transformers")
@@ -320,6 +326,178 @@ def test_settings_and_code_of_own_modules_count():
         "Scaled", (Scaled,), {"forward": Shifted.forward, "__module__": Scaled.__module__, "__qualname__": "Scaled"}
     )
     assert of_model(same()) != prints[0]
+
+
+OWN = """
+import functools, torch
+from torch import nn
+class Block(nn.Module):
+    power = {power}
+    @staticmethod
+    def raised(x):
+        return x ** Block.power + {static}
+    @functools.cached_property
+    def offset(self):
+        return {cached}
+    @property
+    def shift(self):
+        return {got}
+class Net(Block):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.used, self.pair, self.table, self.nothing = {used}, {pair}, {table}, {nothing}
+        self._scale, self.tensor, self.many = {scale}, torch.tensor({tensor}), {many}
+        self.calls, self.seen, self.store, self.last, self._count = [], 0, {{}}, None, 0
+        self.sums = {{"sum": 0}}
+    def scaled(self, x):
+        return x * {factor} + self.deep(x)
+    def deep(self, x):
+        self.note(x)
+        return x * self._scale
+    def note(self, x):
+        self.calls.append(len(x))
+        self.seen += 1
+        self._count += 1
+        self.store[len(self.store) + self.used[0]] = self.store.get("sum", 0)
+        self.store["sum"] = 1
+        self.sums["sum"] += 1
+        self.store.setdefault("all", []).append(1)
+        self.last = x.detach()
+    def forward(self, x):
+        y = self.scaled(self.linear(x)) * sum(self.used) + self.offset + self.shift + self.raised(x[:, :3])
+        y[self.pair[0]] = self.table["a"][1]
+        return y * self.tensor
+"""
+PLAIN = {
+    "power": 2, "static": 1, "cached": 3, "got": 4, "used": [1, 2], "pair": (0, 1), "table": {"a": [1, 2]},
+    "nothing": None, "scale": 2.0, "tensor": [1.0, 2.0, 3.0], "many": {"a", "bb", "ccc", "dddd"}, "factor": 1,
+}  # fmt: skip
+CHANGED = {
+    "power": 3, "static": 2, "cached": 4, "got": 5, "used": [1, 3], "pair": (1, 1), "table": {"a": [1, 3]},
+    "nothing": 0, "scale": 2.5, "tensor": [1.0, 2.0, 4.0], "many": {"a", "bb", "ccc"}, "factor": 2,
+}  # fmt: skip
+
+
+def own_net(**settings):
+    scope = {"__name__": "own_net"}
+    exec(OWN.format(**{**PLAIN, **settings}), scope)
+    seed_all(0)
+    return scope["Net"]().eval()
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_functions_and_settings_of_own_classes_count(name):
+    assert of_model(own_net()) == of_model(own_net()) != of_model(own_net(**{name: CHANGED[name]}))
+
+
+def test_lists_and_tuples_are_told_apart():
+    nested = [[[1], [2]], [[1, 2]], [1, 2], (1, 2), [1, [2]], None, [], [None]]
+    assert len({of_model(own_net(nothing=value)) for value in nested}) == len(nested)
+
+
+def test_the_heads_of_torchs_attention_count():
+    """They are in no weight and no text."""
+    models = []
+    for heads in (2, 4):
+        seed_all(0)
+        models.append(nn.TransformerEncoderLayer(16, heads))
+    assert repr(models[0]) == repr(models[1])
+    assert of_model(models[0]) != of_model(models[1])
+
+
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
+def gpt2():
+    seed_all(0)
+    config = transformers.GPT2Config(vocab_size=40, n_embd=24, n_layer=2, n_head=4, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def t5():
+    seed_all(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+
+
+def vit():
+    seed_all(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
+
+
+class OwnBert(transformers.BertForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers, self.names, self.seen = [1, 2], {"a", "bb", "ccc", "dddd"}, []
+
+    def forward(self, **batch):
+        self.seen.append(1)
+        return super().forward(**batch)
+
+
+def own_bert():
+    return OwnBert(bert().config)
+
+
+CALLS = {
+    bert: {"input_ids": IDS, "labels": IDS[:, 0]},
+    gpt2: {"input_ids": IDS, "labels": IDS},
+    t5: {"input_ids": IDS, "labels": IDS},
+    vit: {"pixel_values": torch.ones(2, 3, 16, 16)},
+    own_bert: {"input_ids": IDS, "labels": IDS[:, 0]},
+    own_net: {"x": torch.ones(3, 4)},
+}
+
+
+@pytest.mark.parametrize("make", CALLS)
+def test_use_changes_nothing(make):
+    """Forward passes, hooks, and the mode."""
+    model = make()
+    before = of_model(model)
+    for mode in (False, True):
+        model.train(mode)
+        hook = model.register_forward_hook(lambda module, arguments, outputs: None)
+        model(**CALLS[make])
+        assert of_model(model) == before
+        hook.remove()
+    assert of_model(model) == before
+
+
+def test_another_process_finds_the_same():
+    """With another order of sets."""
+    code = """
+        from tests.teacher_cache.test_fingerprint import *
+        print(*[of_model(make()) for make in CALLS])
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [of_model(make()) for make in CALLS]
+
+
+@pytest.mark.parametrize("change", [{"factor": 2}, {"used": [2, 2]}])
+def test_no_row_of_a_changed_teacher_is_read(change, tmp_path):
+    """The logits that the losses get are those of the teacher as it is."""
+
+    class Watched(GeneralDistiller):
+        def compute_loss(self, results_S, results_T):
+            found.append(results_T["logits"][0])
+            return super().compute_loss(results_S, results_T)
+
+    batch = torch.randn(8, 4)
+    for number, settings in enumerate(({}, change)):
+        found = []
+        student, teacher = nn.Linear(4, 3), own_net(**settings)
+        config = TrainingConfig(output_dir=str(tmp_path / str(number)), progress_bar=False, device="cpu")
+        cache = TeacherCache(tmp_path / "cache", dtype="float32")
+        adaptors = [lambda batch, outputs: {"logits": outputs}] * 2
+        distiller = Watched(config, DistillationConfig(), teacher, student, *adaptors, teacher_cache=cache)
+        distiller.train(torch.optim.SGD(student.parameters(), lr=0.1), [batch], num_epochs=1)
+        with torch.no_grad():
+            torch.testing.assert_close(found[0], teacher(batch))
 
 
 def test_what_a_module_notes_of_its_calls_does_not_count():

@@ -234,6 +234,22 @@ def test_a_mask_of_another_shape_is_an_entry_like_others(mask):
     assert len(set(rows.keys)) == 2
 
 
+@pytest.mark.parametrize("name", ["decoder_input_ids", "decoder_attention_mask", "attention_mask_b"])
+def test_of_a_batch_with_a_second_sequence_the_whole_rows_count(name):
+    """Two rows that differ only where the mask has padding."""
+    same = {"input_ids": torch.tensor([[5, 6, 0, 0]] * 2), "attention_mask": torch.tensor([[1, 1, 0, 0]] * 2)}
+    rows = rows_of({**same, name: torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}, None, False)
+    assert rows.kept is None
+    assert rows.keys[0] != rows.keys[1]
+
+
+@pytest.mark.parametrize("name", ["global_attention_mask", "labels", "special_tokens_mask"])
+def test_other_entries_are_of_the_masks_own_positions(name):
+    one = {**base(), name: torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0]])}
+    other = {**base(), name: torch.tensor([[1, 0, 0, 1], [1, 0, 1, 1]])}
+    assert keys_of(one) == keys_of(other)
+
+
 def test_padded_tells_of_padding():
     assert rows_of(base(), None, False).padded
     assert not rows_of({**base(), "attention_mask": torch.ones(2, 4)}, None, False).padded

@@ -63,7 +63,6 @@ class CachedRun:
 
     def __init__(self, distiller: BaseDistiller, runtime: engine.Runtime, cache: TeacherCache) -> None:
         self.distiller, self.runtime, self.cache = distiller, runtime, cache
-        self._heeds_masks: dict[int, bool] = {}
         self.teachers: dict[str, list[CachedTeacher]] = {}
         custom = [match.module_T for match in distiller.custom_matches]
         for task, models in distiller.teachers.models.items():
@@ -115,19 +114,25 @@ class CachedRun:
         return Prepared(batch, [teacher.look_up(teacher_batch, epoch) for teacher in self.teachers[task]])
 
     def check(self, task: str, batch: Prepared, results_S: Views, results_T: list[Views]) -> None:
-        """Check that the losses leave out what was not stored, by a first batch's masks and every batch's padding.
+        """Check by a batch's masks that the losses leave out what was not stored.
 
         Raises:
-            CacheError: if padding was not stored that they count.
+            CacheError: if padding was not stored that they count, or forms were made with another mask.
         """
         for teacher, found, views in zip(self.teachers[task], batch.found or [], results_T, strict=False):
             settled = teacher.space.layout
-            if found is None or settled is None or settled.keep_padding or isinstance(views, Unheard):
+            if found is None or settled is None or isinstance(views, Unheard):
                 continue
-            if id(teacher) not in self._heeds_masks:
-                covers = layout.masks_cover_padding(results_S, views, found.rows, teacher.space.contents)
-                self._heeds_masks[id(teacher)] = covers
-            if not self._heeds_masks[id(teacher)] and found.rows.padded:
+            contents = teacher.space.contents
+            if not layout.forms_are_valid(results_S, views, contents):
+                raise CacheError(
+                    f"the teacher cache {str(self.cache.path)!r} has means or products that were made with the "
+                    "teacher's 'inputs_mask', but that of the student is another one; return the same from both "
+                    "adaptors, or give the cache a new folder"
+                )
+            if settled.keep_padding or not found.rows.padded:
+                continue
+            if not layout.masks_cover_padding(results_S, views, found.rows, contents):
                 raise CacheError(
                     f"the rows in the teacher cache {str(self.cache.path)!r} were stored without padding, but the "
                     "losses of this run count it: the adaptors' 'inputs_mask' and 'logits_mask' must leave it out; "
@@ -219,7 +224,7 @@ def open_teacher(
             "precision": f"{runtime.precision}, {precision or runtime.precision}",
             "arguments": repr(sorted(model_args.items())),
         }
-    two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    two_stacks = model is not None and any(map(_has_decoder, model.modules()))
     if two_stacks:
         teacher["positions"] = "of encoder and decoder"
     space = Space(cache, {**asked.to_dict(cache, model), **teacher}, asked.contents, f"{task}/{number}", two_stacks)
@@ -230,6 +235,10 @@ def open_teacher(
         return teachers.view(runtime, task, number, batch, model_args)
 
     return CachedTeacher(space, None if model is None else run, runtime.to_device)
+
+
+def _has_decoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def rows_in(loader: Any, batch: Any) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from textbrewer.adaptors import Views
 from textbrewer.distillers.needs import Needs
-from textbrewer.teacher_cache import CacheError, Found, Space
+from textbrewer.teacher_cache import CacheError, Found, Space, layout
 from textbrewer.teacher_cache.keys import entries_of, is_list_of_rows, row_count
 
 Run = Callable[[Any, Needs | None], Views]
@@ -45,8 +45,12 @@ class CachedTeacher:
         self.space, self.run, self.to_device = space, run, to_device
 
     def look_up(self, batch: Any, epoch: int) -> Found | None:
-        """Return what the cache has of a batch, ``None`` if the cache is out of use; called from a thread."""
-        return None if self.space.aside or self.space.layout is None else self.space.lookup(batch, epoch)
+        """Return what the cache has of a batch, ``None`` if it is of no use for it; called from a thread."""
+        settled = self.space.layout
+        if self.space.aside or settled is None:
+            return None
+        found = self.space.lookup(batch, epoch)
+        return found if settled.can_hold(found.rows) else None
 
     def views(self, batch: Any, found: Found | None) -> Views:
         """Return the teacher's views of a batch: stored, or computed and then stored.
@@ -56,7 +60,7 @@ class CachedTeacher:
             found: what the cache has of it.
 
         Raises:
-            CacheError: if a row is missing and there is no teacher.
+            CacheError: if a row is missing and there is no teacher, or the rows are not as the first ones were.
         """
         self.space.tell()
         if found is None:
@@ -93,10 +97,21 @@ class CachedTeacher:
         started = time.perf_counter()
         views = self._live(batch if len(numbers) == count else rows_only(batch, numbers), None)
         live = self.space.contents.tensors(views)
+        self._check_positions(live, found)
         if any(tensor.is_cuda for tensor in live.values()):
             torch.cuda.synchronize()
         self.space.add(found, live, numbers, time.perf_counter() - started)
         return {name: live[name] for name in recomputed}
+
+    def _check_positions(self, live: Mapping[str, Tensor], found: Found) -> None:
+        settled, contents = self.space.layout, self.space.contents
+        if settled is None or settled.keep_padding or not layout.has_other_positions(live, found.rows, contents):
+            return
+        raise CacheError(
+            f"the rows in the teacher cache {str(self.space.cache.path)!r} are stored without padding, as far as the "
+            "mask of the batch goes, but the teacher's outputs have other positions than the mask; use "
+            "TeacherCache(..., keep_padding=True)"
+        )
 
     def _live(self, batch: Any, needs: Needs | None) -> Views:
         if self.run is None:

@@ -76,8 +76,9 @@ class TeacherCache:
         max_bytes: the file grows no further: a number, or ``"20GB"``; ``None``: as far as the disk allows.
         top_k: store only so many of the largest logits, and the probability of the others together, spread evenly over
             them; for large vocabularies. ``None``: all logits.
-        mask: the entry of the teacher's batch that is zero at the padding: a dict's key, or a tuple's number. ``None``:
-            ``"attention_mask"``, where there is one. Without a mask, rows are found only under the same padding.
+        mask: the entry of the teacher's batch that is zero at the padding, of all entries that are as long: a dict's
+            key, or a tuple's number. ``None``: ``"attention_mask"``, where there is one. Without a mask, rows are found
+            only under the same padding.
         keep_padding: whether what the teacher says of padding is stored too, so that rows are found only under the same
             padding. ``None``: where the losses count padding, as the masks of a first batch tell.
 

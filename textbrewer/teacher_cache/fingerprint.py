@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from textbrewer.teacher_cache.own_modules import functions_of, names_in, settings_of, written
+
 _PLAIN = (str, int, float, bool, bytes, type(None), tuple, list, set, frozenset, dict, functools.partial)
-# Modules of these have their settings in their repr or in the model's configuration.
-_LIBRARIES = ("torch.", "transformers.")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 # Settings that change nothing in logits and features: where a model came from, the names of its labels, and how its own
 # loss is computed, which transformers notes in the configuration during the first forward pass with labels.
@@ -34,7 +34,10 @@ _NO_MATTER = {
 
 
 def of_model(model: nn.Module) -> str:
-    """Return a hash of a model's structure, configuration and weights."""
+    """Return a hash of a model's structure, configuration, code and weights.
+
+    Code and settings are those of the modules of the user's own; of libraries, the settings that are in no text.
+    """
     digest = blake2b(digest_size=16)
     digest.update(f"{type(model).__module__}.{type(model).__qualname__}".encode())
     digest.update(_ADDRESS.sub("", repr(model)).encode())
@@ -44,11 +47,12 @@ def of_model(model: nn.Module) -> str:
         if isinstance(settings, Mapping):
             settings = {str(name): value for name, value in settings.items() if name not in _NO_MATTER}
         digest.update(_ADDRESS.sub("", json.dumps(settings, sort_keys=True, default=repr)).encode())
-    for module in model.modules():
-        if not type(module).__module__.startswith(_LIBRARIES):
-            # A class of the user's own: what it computes is in its code and plain attributes, in no configuration.
-            digest.update(of_function(type(module).forward).encode())
-            _add(digest, {name: value for name, value in vars(module).items() if _is_setting(name, value)}, depth=0)
+    for name, module in model.named_modules():
+        digest.update(f"{name}:{type(module).__qualname__};".encode())
+        _add(digest, settings_of(module), depth=0)
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        for name, function in functions_of(kind):
+            digest.update(f"{name}={of_function(function)};".encode())
     for name, value in sorted({**model.state_dict(), **dict(model.named_buffers())}.items()):
         if not isinstance(value, Tensor):
             digest.update(f"{name}={value!r};".encode())
@@ -57,10 +61,6 @@ def of_model(model: nn.Module) -> str:
         flat = value.detach().reshape(-1).cpu().contiguous()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _is_setting(name: str, value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool)) and name != "training" and not name.startswith("_")
 
 
 def of_function(function: Any) -> str:
@@ -96,8 +96,8 @@ def _add(digest: Any, value: Any, depth: int) -> None:
         for part in (value.__defaults__, value.__kwdefaults__):
             _add(digest, part, depth + 1)
         for cell in value.__closure__ or ():
-            _add(digest, cell.cell_contents, depth + 1)
-        for name in sorted(_names(code) & value.__globals__.keys()):
+            _add(digest, _content_of(cell), depth + 1)
+        for name in sorted((names_in(code) - written(code)) & value.__globals__.keys()):
             part = value.__globals__[name]
             if isinstance(part, _PLAIN) or getattr(part, "__module__", None) == value.__module__:
                 digest.update(f"{name}=".encode())
@@ -111,28 +111,37 @@ def _add(digest: Any, value: Any, depth: int) -> None:
         _add_value(digest, value, depth)
 
 
+def _content_of(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        # Not filled yet.
+        return None
+
+
 def _add_value(digest: Any, value: Any, depth: int) -> None:
-    if isinstance(value, (str, int, float, bool, bytes, type(None))):
+    if isinstance(value, (str, int, float, complex, bool, bytes, type(None), torch.dtype)):
         digest.update(f"{value!r};".encode())
     elif isinstance(value, (tuple, list)):
+        digest.update(b"(" if isinstance(value, tuple) else b"[")
         for item in value:
             _add(digest, item, depth + 1)
+        digest.update(b"]")
     elif isinstance(value, (set, frozenset)):
-        _add(digest, sorted(map(repr, value)), depth + 1)
-    elif isinstance(value, (Tensor, np.ndarray)):
-        array = torch.as_tensor(value).detach().reshape(-1).cpu().contiguous()
+        _add(digest, sorted(_ADDRESS.sub("", repr(item)) for item in value), depth + 1)
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}:{value.shape};".encode())
+        digest.update(repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes())
+    elif isinstance(value, Tensor):
+        array = value.detach().reshape(-1).cpu().contiguous()
         digest.update(f"{value.dtype}:{tuple(value.shape)};".encode())
         digest.update(array.view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
+        digest.update(b"{")
         for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
-            digest.update(f"{name};".encode())
+            digest.update(_ADDRESS.sub("", f"{name!r};").encode())
             _add(digest, item, depth + 1)
+        digest.update(b"}")
     else:
         kind = value if isinstance(value, type) else type(value)
         digest.update(f"{kind.__module__}.{kind.__qualname__};".encode())
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Return the global names that a function's code reads, and the functions' within it."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*inner)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 KEY_BYTES = 16
 DEFAULT_MASK = "attention_mask"
+# Of an encoder's own positions, though it is named as a mask of others.
+_SAME_POSITIONS = "global_attention_mask"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ def mask_of(entries: Mapping[str, Any], name: str | None) -> Tensor | None:
     return torch.from_numpy(_array(mask) != 0)
 
 
+def has_other_positions(entries: Mapping[str, Any], mask_name: str | None) -> bool:
+    """Return whether a batch has a second sequence, a decoder's or another text's, which its mask says nothing of."""
+    own = {DEFAULT_MASK if mask_name is None else mask_name, _SAME_POSITIONS}
+    return any(name.startswith("decoder_") or (DEFAULT_MASK in name and name not in own) for name in entries)
+
+
 def row_count(entries: Mapping[str, Any]) -> int:
     """Return the number of rows of a batch.
 
@@ -75,6 +83,8 @@ def row_count(entries: Mapping[str, Any]) -> int:
 def rows_of(batch: Any, mask_name: str | None, keep_padding: bool) -> Rows:
     """Return the keys of a batch's rows.
 
+    Of a batch with a second sequence nothing is left out: its padding is not where the mask says.
+
     Args:
         batch: the teacher's batch: a dict, tuple or list of tensors, or a tensor.
         mask_name: the entry that is zero at the padding; ``None``: ``attention_mask``, where there is one.
@@ -87,7 +97,7 @@ def rows_of(batch: Any, mask_name: str | None, keep_padding: bool) -> Rows:
     entries = entries_of(batch)
     count = row_count(entries)
     mask = None if keep_padding else mask_of(entries, mask_name)
-    if mask is not None and len(mask) != count:
+    if mask is not None and (len(mask) != count or has_other_positions(entries, mask_name)):
         mask = None
     common = blake2b(digest_size=KEY_BYTES)
     by_row: list[tuple[np.ndarray[Any, Any], bool]] = []

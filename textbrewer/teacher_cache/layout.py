@@ -39,6 +39,10 @@ class Layout:
     recomputed: tuple[str, ...]
     share_of_rows: float = 1.0
 
+    def can_hold(self, rows: Rows) -> bool:
+        """Return whether rows can be stored so: without a mask nothing tells how long they are."""
+        return self.keep_padding or rows.kept is not None or not any(0 in item.shape for item in self.items)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return {
@@ -90,16 +94,28 @@ def depends_on_padding(tensors: Mapping[str, Tensor], rows: Rows, contents: Cont
     """
     if rows.kept is None:
         return True
+    if has_other_positions(tensors, rows, contents):
+        return True
     length = rows.kept.shape[1]
     for name, tensor in tensors.items():
-        if any(tensor.shape[dimension] != length for dimension in positions_of(name, tensor, contents)):
-            return True
         key = name.partition("/")[0]
         if tensor.dim() > {"logits": 3, "hidden": 3, **dict.fromkeys(_OF_HEADS, 4)}.get(key, tensor.dim()):
             return True
         if name.startswith("logits/") and tensor.dim() == 2 and tensor.shape[1] == length:
             return True
     return False
+
+
+def has_other_positions(tensors: Mapping[str, Tensor], rows: Rows, contents: Contents) -> bool:
+    """Return whether a tensor has positions that are not those of the mask: another number of them."""
+    if rows.kept is None:
+        return any(positions_of(name, tensor, contents) for name, tensor in tensors.items())
+    length = rows.kept.shape[1]
+    return any(
+        tensor.shape[dimension] != length
+        for name, tensor in tensors.items()
+        for dimension in positions_of(name, tensor, contents)
+    )
 
 
 def masks_cover_padding(views_S: Views, views_T: Views, rows: Rows, contents: Contents) -> bool:
@@ -131,6 +147,12 @@ def same_mask(views_S: Views, views_T: Views) -> bool:
     if own is None or other is None:
         return own is None and other is None
     return own.shape == other.shape and bool((own.cpu() == other.cpu()).all())
+
+
+def forms_are_valid(views_S: Views, views_T: Views, contents: Contents) -> bool:
+    """Return whether the student's mask is the one with which stored forms were made, where there are such."""
+    forms = [contents.form(number, match) for number, match in contents.matches]
+    return not any(form is not None and form.uses_mask for form in forms) or same_mask(views_S, views_T)
 
 
 def _within(mask: Tensor, kept: Tensor) -> bool:
