@@ -31,7 +31,7 @@ ADAPTOR_KEY_MEANINGS = {
     "key": "keys, likewise, before any rotation; those that several heads share are repeated",
     "value": "values, likewise",
     "scores": "scaled products of queries and keys, before mask and softmax, `(batch, heads, length, length)` a layer; "
-    "of models that rotate queries and keys or add a bias (Llama, T5) not quite the model's own",
+    "with rotation (Llama) and position bias (T5), see [attention scores](matching.md#attention-scores)",
 }
 """What each key of an adaptor's dict holds; the names themselves come from ``ADAPTOR_KEYS``."""
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -11,10 +12,16 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
 )
 
 from tests.recipes.jobs import bert
 from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig, recipes
+from textbrewer.recipes.stage import is_causal
 
 TWELVE_TO_FOUR = [(0, 0), (3, 1), (6, 2), (9, 3), (12, 4)]
 TWELVE_TO_SIX = [(0, 0), (2, 1), (4, 2), (6, 3), (8, 4), (10, 5), (12, 6)]
@@ -177,17 +184,29 @@ def tiny(kind):
         sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
         heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0, "init_std": 0.5}
         return BartForConditionalGeneration(BartConfig(**sizes, **heads, max_position_embeddings=20, **common))
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(
+            T5Config(vocab_size=30, dropout_rate=0, attn_implementation="eager", **sizes)
+        )
+        nn.init.normal_(model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+        return model
     if kind == "gpt2":
         no_dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
         return GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, **no_dropout, **common))
-    no_dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=20, **common))
+    no_dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
     return BertForMaskedLM(BertConfig(**sizes, **no_dropout, **common))
 
 
 @pytest.mark.parametrize(
     ("recipe", "kind"),
-    [("minilm", "gpt2"), ("minilm", "bert"), ("minilm", "bart"), ("mobilebert", "gpt2"), ("mobilebert", "bert")],
+    [
+        *(("minilm", kind) for kind in ("gpt2", "llama", "bert", "bart", "t5")),
+        *(("mobilebert", kind) for kind in ("gpt2", "llama", "bert")),
+    ],
 )
 def test_causal_models_are_matched_on_the_keys_that_they_see(recipe, kind, tmp_path):
     """The match between the last layers' scores is the divergence of the models' own attention probabilities."""
@@ -200,9 +219,11 @@ def test_causal_models_are_matched_on_the_keys_that_they_see(recipe, kind, tmp_p
         if match.feature == "scores" and match.layer_S == 1
     ]
     batch = {"input_ids": torch.randint(30, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+    if kind == "t5":
+        batch["labels"] = torch.randint(1, 30, (3, 6))
     with torch.no_grad():
         outputs = [model.eval()(**batch, output_attentions=True) for model in models]
-    name = "decoder_attentions" if kind == "bart" else "attentions"
+    name = "decoder_attentions" if kind in ("bart", "t5") else "attentions"
     teacher, student = (output[name][1] for output in outputs)
     expected = 0.0
     for p, q in zip(teacher.flatten(0, 2), student.flatten(0, 2)):
@@ -212,7 +233,7 @@ def test_causal_models_are_matched_on_the_keys_that_they_see(recipe, kind, tmp_p
     class Noting(GeneralDistiller):
         def compute_loss(self, *views):
             total, logs = super().compute_loss(*views)
-            found.append(float(total))
+            found.append(float(total.detach()))
             return total, logs
 
     match = dataclasses.replace(match, weight=1)
@@ -221,3 +242,28 @@ def test_causal_models_are_matched_on_the_keys_that_they_see(recipe, kind, tmp_p
     optimizer = torch.optim.SGD(models[1].parameters(), lr=0.1)
     Noting(config, learn, *models, "auto", "auto").train(optimizer, [batch], num_steps=1)
     assert found[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["minilm", "mobilebert", "tinybert", "tinybert-general", "bert-emd"])
+def test_no_key_that_a_model_cannot_see_is_matched(recipe):
+    """So it is as soon as one of the two models is causal: what the other sees of later keys has no counterpart."""
+
+    def causal(*kinds):
+        found = recipes.get(recipe)(*(tiny(kind) for kind in kinds))
+        matches = [match for stage in found for match in stage.config.intermediate_matches]
+        losses = [match.loss for match in matches if match.feature == "scores"]
+        assert losses
+        return {isinstance(loss, list) and loss[1] == {"causal": True} for loss in losses}
+
+    assert causal("bert", "bert") == {False}
+    for kinds in (("gpt2", "gpt2"), ("llama", "llama"), ("gpt2", "bert"), ("bert", "gpt2")):
+        assert causal(*kinds) == {True}
+
+
+def test_decoders_are_causal_by_their_config():
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    for is_decoder in (False, True):
+        assert is_causal(BertForMaskedLM(BertConfig(**sizes, is_decoder=is_decoder))) is is_decoder
+    config = T5Config(vocab_size=30, d_model=16, d_ff=32, num_layers=2, num_heads=2)
+    assert is_causal(T5ForConditionalGeneration(config))
+    assert not is_causal(T5EncoderModel(config))

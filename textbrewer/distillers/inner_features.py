@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from textbrewer import checks
 from textbrewer.adaptors import Adaptor, auto_adaptor
 from textbrewer.configurations import TrainingConfig
-from textbrewer.hooks import Capture, attention_modules, attention_scores
+from textbrewer.hooks import Capture, attention_modules, resolve
 from textbrewer.hooks.attention import qkv_tap
+from textbrewer.hooks.own_scores import left_out, own_scores, position_tap
 from textbrewer.losses.masking import full_precision
 from textbrewer.matching import PlannedMatch
 from textbrewer.teacher_cache.contents import layers_of, resolved
@@ -29,6 +31,8 @@ class InnerFeatures:
     """Adds features of self-attention to what a model returns, where ``adaptor="auto"`` reads them.
 
     Lists as long as the model has layers, ``None`` for those that nobody asked for: nothing is computed for these.
+    Scores have the module's own scale, and the rotation (Llama) or bias (T5) where it is known how the module applies
+    it; where it is not, a warning says so.
 
     Args:
         model: a model whose outputs are dicts, as those of transformers are.
@@ -41,15 +45,23 @@ class InnerFeatures:
     def __init__(self, model: nn.Module, layers: Mapping[str, Iterable[int]]) -> None:
         self.model, self.layers = model, {feature: set(numbers) for feature, numbers in layers.items()}
         self.modules = attention_modules(model)
+        self._attention = [resolve(model, name) for name in self.modules]
+        self._position = position_tap(model, self._attention[0]) is not None
+        if "scores" in self.layers:
+            _tell_of_what_is_left_out(model, self._attention[0])
         heard: dict[str, Any] = {}
         for feature, numbers in self.layers.items():
             # The only one may be run several times, a layer each time: then all that it says is kept.
             places = {0} if len(self.modules) == 1 else resolved(numbers, len(self.modules))
             for place in sorted(places):
-                for part in _PARTS[feature]:
-                    name = f"{part}/{place}"
-                    heard[name] = qkv_tap(model, self.modules[place], part)._replace(feature=name)
-        self._capture = Capture(model, list(heard.values()))
+                for part in self._parts(feature):
+                    name, attention = f"{part}/{place}", self._attention[place]
+                    tap = position_tap(model, attention) if part == "position" else qkv_tap(model, attention, part)
+                    heard[name] = None if tap is None else tap._replace(feature=name)
+        self._capture = Capture(model, [tap for tap in heard.values() if tap is not None])
+
+    def _parts(self, feature: str) -> tuple[str, ...]:
+        return (*_PARTS[feature], "position") if feature == "scores" and self._position else _PARTS[feature]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -98,21 +110,35 @@ class InnerFeatures:
         there = {
             number
             for number in resolved(self.layers[feature], count)
-            if all((part, number) in parts for part in _PARTS[feature])
+            if all((part, number) in parts for part in self._parts(feature))
         }
+        # The only module is that of every layer.
+        attention = self._attention * count if len(self.modules) == 1 else self._attention
         return [
-            _value([parts[part, number] for part in _PARTS[feature]]) if number in there else None
+            _value([parts[part, number] for part in self._parts(feature)], attention[number])
+            if number in there
+            else None
             for number in range(count)
         ]
 
 
-def _value(parts: Sequence[Tensor]) -> Tensor:
+def _value(parts: Sequence[Tensor], attention: nn.Module) -> Tensor:
     """Return a feature of one layer, by its parts: itself, or the scores of queries and keys."""
     if len(parts) == 1:
         return parts[0]
-    query, key = full_precision(*parts)
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        return attention_scores(query, key)
+    parts = full_precision(*parts)
+    with torch.autocast(device_type=parts[0].device.type, enabled=False):
+        return own_scores(attention, *parts)
+
+
+def _tell_of_what_is_left_out(model: nn.Module, attention: nn.Module) -> None:
+    if what := left_out(model, attention):
+        checks.warn(
+            f"matches of 'scores': those heard in {type(model).__name__} are products of its projected queries and "
+            f"keys without {what}, so they are not its own scores. For these load it with "
+            "attn_implementation='eager' and return the logarithm of its attention maps as 'scores' from an adaptor "
+            "of your own (docs/matching.md), or match without 'scores' (attention=False in recipes that have it)"
+        )
 
 
 def asked_of_student(

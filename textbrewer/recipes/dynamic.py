@@ -9,7 +9,7 @@ from torch import nn
 from textbrewer import checks
 from textbrewer.configurations import DistillationConfig
 from textbrewer.matching import layer_map
-from textbrewer.recipes.stage import RECIPES, Stage, depths, equal_heads, several
+from textbrewer.recipes.stage import RECIPES, Stage, attention_loss, depths, equal_heads, several
 
 
 @RECIPES.add("bert-emd")
@@ -51,7 +51,8 @@ def bert_emd(
     ]
     if attention:
         equal_heads(teacher, student, "bert-emd", "set attention=False, or give the student as many heads")
-        scores = {"feature": "scores", "loss": "scores_mse", "weight": beta * theta, "strategy": "emd"}
+        loss = attention_loss("scores_mse", teacher, student)
+        scores = {"feature": "scores", "loss": loss, "weight": beta * theta, "strategy": "emd"}
         matches.append(several(scores, range(layers_T), range(layers_S)))
     return _one("bert-emd", matches, temperature=temperature, kd_loss_type="ce")
 

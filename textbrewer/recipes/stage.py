@@ -13,7 +13,7 @@ from textbrewer.configurations import DistillationConfig
 from textbrewer.matching import number_of_layers
 from textbrewer.registry import Registry
 
-__all__ = ["RECIPES", "Recipe", "Stage", "attention_loss", "depths", "get", "width_of"]
+__all__ = ["RECIPES", "Recipe", "Stage", "attention_loss", "depths", "get", "is_causal", "width_of"]
 
 RECIPES = Registry("recipe")
 """Recipes: ``f(teacher, student, **settings) -> [Stage, ...]``."""
@@ -120,16 +120,23 @@ def heads_of(model: nn.Module, who: str, recipe: str) -> int:
 
 
 def attention_loss(name: str, *models: nn.Module) -> str | list[Any]:
-    """Return a loss between attention scores; of causal models without the keys after each query.
+    """Return a loss between attention scores; where one of the models is causal, without the keys after each query."""
+    return [name, {"causal": True}] if any(is_causal(model) for model in models) else name
 
-    Of models with encoder and decoder it is the decoder's attention to itself that is heard.
+
+def is_causal(model: nn.Module) -> bool:
+    """Return whether the layers that matches name attend to no later position.
+
+    So do decoders, by their config or their attention modules; of a model with encoder and decoder the matches name the
+    decoder's layers, see :func:`~textbrewer.hooks.attention_modules`.
+
+    Args:
+        model: the model.
     """
-    causal = all(
-        getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        or any(getattr(module, "is_causal", False) is True for module in model.modules())
-        for model in models
-    )
-    return [name, {"causal": True}] if causal else name
+    config = getattr(model, "config", None)
+    if any(getattr(config, name, False) is True for name in ("is_encoder_decoder", "is_decoder")):
+        return True
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def equal_heads(teacher: nn.Module, student: nn.Module, recipe: str, remedy: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from textbrewer import checks
 from textbrewer.configurations import DistillationConfig
 from textbrewer.matching import layer_map
-from textbrewer.recipes.stage import RECIPES, Stage, depths, equal_heads, several
+from textbrewer.recipes.stage import RECIPES, Stage, attention_loss, depths, equal_heads, several
 
 
 def transformer_matches(teacher: nn.Module, student: nn.Module, attention: bool, recipe: str) -> list[dict[str, Any]]:
@@ -31,7 +31,8 @@ def transformer_matches(teacher: nn.Module, student: nn.Module, attention: bool,
     matches = [several(hidden, [0, *layers_T], [0, *layers_S])]
     if attention:
         equal_heads(teacher, student, recipe, "set attention=False, or give the student as many heads")
-        scores = {"feature": "scores", "loss": "scores_mse", "weight": 1, "strategy": "pairwise"}
+        loss = attention_loss("scores_mse", teacher, student)
+        scores = {"feature": "scores", "loss": loss, "weight": 1, "strategy": "pairwise"}
         # Scores have no entry for the embeddings: layer 1 is at place 0.
         matches.append(several(scores, [layer - 1 for layer in layers_T], [layer - 1 for layer in layers_S]))
     return matches
