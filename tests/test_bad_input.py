@@ -300,6 +300,49 @@ def test_neither_epochs_nor_steps(setting, kind):
         refuses(setting(kind=kind, arguments={"num_epochs": epochs}), ValueError, "num_epochs", str(epochs))
 
 
+class TakesAnything(Encoder):
+    """As models of transformers do: what it does not know, it ignores."""
+
+    def forward(self, *args, steps=None, **kwargs):
+        self.steps = steps
+        kwargs = {name: value for name, value in kwargs.items() if name in ("input_ids", "attention_mask", "labels")}
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("max_grad_nrom", "max_grad_norm"),
+        ("schedular_class", "scheduler_class"),
+        ("lr_scheduler", "scheduler"),
+        ("resume", "resume_from"),
+        ("callbacks", "callback"),
+        ("max_steps", "num_steps"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_misspelt_arguments_of_train(setting, kind, wrong, right):
+    models = {"teacher": TakesAnything(layers=2, seed=1), "student": TakesAnything(layers=1, seed=2)}
+    spoilt = setting(kind=kind, **models, arguments={"num_steps": 2, wrong: 7})
+    refuses(spoilt, TypeError, f"no argument {wrong!r}", "given as 7", f"did you mean {right!r}")
+
+
+def test_arguments_of_other_distillers(setting):
+    models = {"teacher": TakesAnything(layers=2, seed=1), "student": TakesAnything(layers=1, seed=2)}
+    of_one_task = setting(kind="MultiTaskDistiller", **models, arguments={"num_steps": 2, "num_epochs": 3})
+    refuses(of_one_task, TypeError, "no argument 'num_epochs', given as 3", "did you mean 'num_steps'")
+    of_several = setting(**models, arguments={"num_steps": 2, "tau": 0.5})
+    refuses(of_several, TypeError, "no argument 'tau', given as 0.5")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_that_the_models_name_or_that_resemble_none(setting, kind):
+    models = {"teacher": TakesAnything(layers=2, seed=1), "student": TakesAnything(layers=1, seed=2)}
+    sound = setting(kind=kind, **models, arguments={"num_steps": 2, "steps": 7, "output_attentions": True})
+    sound.run()
+    assert sound.student.steps == 7
+
+
 @pytest.mark.parametrize("kind", ["BasicDistiller", "GeneralDistiller", "MultiTeacherDistiller", "BasicTrainer"])
 def test_both_epochs_and_steps(setting, kind):
     both = setting(kind=kind, arguments={"num_epochs": 5, "num_steps": 3})

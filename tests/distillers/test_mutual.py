@@ -133,3 +133,18 @@ def test_labels_that_are_not_there_are_told_once_of_each_student(tmp_path):
     with pytest.warns(UserWarning, match="hard_label_weight=1 has no effect") as found:
         train(tmp_path, [bert(1, seed=1), bert(1, seed=2)], data)
     assert len([item for item in found if "hard_label_weight" in str(item.message)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kd_loss_weight_scheduler": "linear_growth"}, "the weight scheduler 'linear_growth'"),
+        ({"temperature_scheduler": ["linear", 1.0]}, "the temperature scheduler 'linear'"),
+    ],
+)
+def test_progress_without_a_length(settings, words, tmp_path):
+    models, endless = [bert(1, seed=1), bert(1, seed=2)], (batch for batch in batches())
+    before = weights(models[0])
+    with pytest.raises(ValueError, match=f"{words} must know the run's length.*give num_steps"):
+        train(tmp_path, models, endless, learn(**settings))
+    assert largest_difference(before, weights(models[0])) == 0

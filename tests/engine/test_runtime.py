@@ -287,6 +287,7 @@ def test_parameters_outside_the_optimizer_do_not_add_up_in_the_norm(tmp_path):
 # Exact accumulation: micro-batches with different numbers of positions
 
 RAGGED = [2, 2, 1, 3]
+SEVERAL = {"layer_S": [1, 2], "layer_T": [1, 2], "proj": None}
 
 
 def match(loss):
@@ -363,6 +364,81 @@ def test_positions_need_a_loss_that_tells_its_average(tmp_path, monkeypatch):
             distill={"intermediate_matches": [{**match("cos"), "loss": "own", "proj": None}]},
             teacher=Encoder(seed=2),
         )
+
+
+def with_rows_without_label(loader):
+    """Every third row has none, and so no part in a loss that reads labels."""
+    batches = [dict(batch) for batch in loader]
+    rows = 0
+    for batch in batches:
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][[number for number in range(len(batch["labels"])) if (rows + number) % 3 == 0]] = -100
+        rows += len(batch["labels"])
+    return batches
+
+
+def with_labels(batch, outputs):
+    return {name: value for name, value in adaptor(batch, outputs).items() if name != "losses"} | {
+        "labels": batch["labels"]
+    }
+
+
+@pytest.mark.parametrize("name", ["dkd", "nkd", "wsld"])
+def test_losses_that_read_labels_weigh_rows_that_have_one(name, tmp_path):
+    def moved(folder, loader, **settings):
+        models = {"student": Encoder(dropout=0.0, seed=1), "teacher": Encoder(width=48, seed=2)}
+        learn = {"kd_loss_type": name, "temperature": 2}
+        adaptors = {"adaptor_T": adaptor, "adaptor_S": with_labels}
+        return weights(
+            distil(tmp_path / folder, loader, {"num_epochs": 1}, distill=learn, **models, **adaptors, **settings)
+        )
+
+    batches = with_rows_without_label(as_loader(*RAGGED))
+    labelled = [int((batch["labels"] >= 0).sum()) / len(batch["labels"]) for batch in batches]
+    assert len(set(labelled)) > 2
+    exact = moved("exact", batches, gradient_accumulation_steps=4, accumulation_weighting="positions")
+    large = moved("large", with_rows_without_label(as_loader(8)))
+    assert torch.allclose(exact, large, rtol=0, atol=1e-6)
+    assert not torch.allclose(moved("plain", batches, gradient_accumulation_steps=4), large, rtol=0, atol=1e-5)
+
+
+def test_labels_that_the_batch_does_not_count(tmp_path):
+    def adapt(batch, outputs):
+        return with_labels(batch, outputs) | {"labels": torch.full_like(batch["labels"], -100)}
+
+    settings = {"accumulation_weighting": "positions", "adaptor_S": adapt, "distill": {"kd_loss_type": "dkd"}}
+    with pytest.raises(ValueError, match=r"'labels' picks 0 positions, the batch was counted to have \d+"):
+        distil(tmp_path, as_loader(*RAGGED), {"num_steps": 1}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"temperature_scheduler": ["flsw", 1, 1]}, "kd_loss"),
+        ({"temperature_scheduler": ["cwsm", 1]}, "kd_loss"),
+        *(
+            ({"intermediate_matches": [{**match("hidden_mse"), **SEVERAL, "strategy": strategy}]}, strategy)
+            for strategy in ("emd", "ordered", "nearest")
+        ),
+    ],
+)
+def test_what_depends_on_the_whole_batch_has_no_parts(settings, name, tmp_path):
+    models = {"teacher": Encoder(seed=2), "student": Encoder(seed=1)}
+    exact = {"distill": settings, "accumulation_weighting": "positions"}
+    with pytest.raises(ValueError, match=rf"cannot weigh '\w*{name}': it depends on the batch as a whole"):
+        distil(tmp_path, as_loader(*RAGGED), {"num_steps": 1}, **exact, **models)
+
+
+@pytest.mark.parametrize("strategy", ["pairwise", "random", "attention"])
+def test_strategies_that_have_parts(strategy, tmp_path):
+    learn = {"kd_loss_weight": 0, "intermediate_matches": [{**match("hidden_mse"), **SEVERAL, "strategy": strategy}]}
+
+    def moved(folder, loader, **settings):
+        models = {"student": Encoder(dropout=0.0, seed=1), "teacher": Encoder(seed=2)}
+        return weights(distil(tmp_path / folder, loader, {"num_epochs": 1}, distill=learn, **models, **settings))
+
+    exact = moved("exact", as_loader(*RAGGED), gradient_accumulation_steps=4, accumulation_weighting="positions")
+    assert torch.allclose(exact, moved("large", as_loader(8)), rtol=0, atol=1e-6)
 
 
 def test_positions_need_the_batchs_masks(tmp_path):

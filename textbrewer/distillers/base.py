@@ -221,7 +221,8 @@ class BaseDistiller:
         if first:
             first_step.check(results_S, results_T, heard(self.lesson.plan, results_T), self.lesson.config)
             if share is not None:
-                weighting.check_counts(self.count_positions(student_batch), results_S)
+                counts = self.count_positions(student_batch)
+                weighting.check_counts(counts, results_S, self.lesson.knowledge.takes_labels)
         loss, logs = self.compute_loss(results_S, self._as_results(results_T))
         if first:
             self._checked.add(self._key(task))

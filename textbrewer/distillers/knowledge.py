@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from textbrewer.configurations import DistillationConfig
+from textbrewer.losses.masking import denominator_of
 from textbrewer.losses.transforms import LOGIT_TRANSFORMS
-from textbrewer.registry import KD_LOSS_MAP
+from textbrewer.registry import KD_LOSS_MAP, name_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ class KnowledgeLoss:
         if self.probability_shift:
             return "probability_shift=True"
         return "the KD loss" if self.takes_labels else ""
+
+    @cached_property
+    def has_parts(self) -> bool:
+        """Whether the loss of a batch is the mean of those of its parts, each weighed by what it averages over.
+
+        Not if the loss compares rows, or reads labels and does not tell what it averages over, or the temperature
+        depends on the other positions of the batch, as those of ``"flsw"`` and ``"cwsm"`` do.
+        """
+        if denominator_of(self.loss) == "batch" or (self.takes_labels and denominator_of(self.loss) is None):
+            return False
+        return self.scheduler is None or accepts(self.scheduler, "progress")
 
     def __call__(
         self,
@@ -97,3 +109,23 @@ def make_knowledge(config: DistillationConfig) -> KnowledgeLoss:
     loss = KD_LOSS_MAP.bound(config.kd_loss_type)
     scheduler = config.make_temperature_scheduler()
     return KnowledgeLoss(loss, config.temperature, scheduler, config.probability_shift, transform)
+
+
+def refuse_without_length(config: DistillationConfig, knowledge: KnowledgeLoss) -> None:
+    """Raise for a configuration that reads the progress of a run whose length is not known.
+
+    Args:
+        config: what is scheduled.
+        knowledge: how its logits are compared.
+
+    Raises:
+        ValueError: if a weight, the temperature or the loss depends on how much of the run is done.
+    """
+    specs = (config.kd_loss_weight_scheduler, config.hard_label_weight_scheduler)
+    names = {f"the weight scheduler {str(name_of(spec))!r}" for spec in specs if spec not in (None, "none")}
+    if knowledge.scheduler is not None and accepts(knowledge.scheduler, "progress"):
+        names.add(f"the temperature scheduler {str(name_of(config.temperature_scheduler))!r}")
+    if accepts(knowledge.loss, "progress"):
+        names.add(f"kd_loss_type={str(name_of(config.kd_loss_type))!r}")
+    if names:
+        raise ValueError(f"{min(names)} must know the run's length, but the dataloader has none: give num_steps")

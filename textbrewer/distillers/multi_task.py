@@ -14,7 +14,7 @@ from textbrewer import checks
 from textbrewer.adaptors import Adaptor, Views
 from textbrewer.callbacks import StepCallback
 from textbrewer.configurations import DistillationConfig, TrainingConfig
-from textbrewer.distillers import running
+from textbrewer.distillers import running, training
 from textbrewer.distillers.base import BaseDistiller
 from textbrewer.distillers.batch_parts import TaskBatch
 from textbrewer.distillers.targets.separate import LogVariances, by_uncertainty, learning_rate
@@ -121,6 +121,7 @@ class MultiTaskDistiller(BaseDistiller):
         Raises:
             TypeError, ValueError, KeyError: if an argument cannot work.
         """
+        training.check_model_arguments(self.train, args, [*self.teachers.all(), self.model_S])
         if not isinstance(dataloaders, Mapping):
             raise TypeError(f"dataloaders must be a dict by task name, got {type(dataloaders).__name__}")
         _same_tasks(dataloaders.keys(), self.teachers.models, "dataloaders")

@@ -13,7 +13,7 @@ from textbrewer import checks
 from textbrewer.adaptors import Adaptor, Views, normalise, one_each, resolve
 from textbrewer.configurations import DistillationConfig, TrainingConfig
 from textbrewer.distillers import first_step, terms
-from textbrewer.distillers.knowledge import make_knowledge
+from textbrewer.distillers.knowledge import KnowledgeLoss, make_knowledge, refuse_without_length
 from textbrewer.distillers.trainer import BasicTrainer
 from textbrewer.engine import Runtime, StepPlan
 from textbrewer.hooks.forward import call
@@ -106,11 +106,17 @@ class MutualDistiller(BasicTrainer):
         """The student that ``gs<step>.pkl`` and the callback are about: the first."""
         return self.cohort.models[0]
 
+    def _called_models(self) -> list[nn.Module]:
+        return list(self.cohort.models)
+
     def _module(self) -> nn.Module:
         return CohortModule(self.cohort, self.adaptors)
 
     def _step(self, runtime: Runtime, model_args: dict[str, Any], plan: StepPlan) -> Any:
-        return MutualStep(runtime, model_args, self.d_config)
+        knowledge = make_knowledge(self.d_config)
+        if plan.total_steps is None:
+            refuse_without_length(self.d_config, knowledge)
+        return MutualStep(runtime, model_args, self.d_config, knowledge)
 
 
 class MutualStep:
@@ -119,12 +125,14 @@ class MutualStep:
     Args:
         runtime: the machine.
         model_args: further arguments of the models.
-        config: weights and loss.
+        config: the weights.
+        knowledge: how logits are compared.
     """
 
-    def __init__(self, runtime: Runtime, model_args: dict[str, Any], config: DistillationConfig) -> None:
-        self.runtime, self.model_args, self.config = runtime, model_args, config
-        self.knowledge = make_knowledge(config)
+    def __init__(
+        self, runtime: Runtime, model_args: dict[str, Any], config: DistillationConfig, knowledge: KnowledgeLoss
+    ) -> None:
+        self.runtime, self.model_args, self.config, self.knowledge = runtime, model_args, config, knowledge
         self._first = True
 
     def __call__(self, module: nn.Module, batch: Any, progress: float, share: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,10 +21,9 @@ from textbrewer.distillers.batch_parts import inner, split
 from textbrewer.distillers.cached_run import CachedRun
 from textbrewer.distillers.caching import CachedBatches, Remembered
 from textbrewer.distillers.frozen import frozen
-from textbrewer.distillers.knowledge import accepts
+from textbrewer.distillers.knowledge import refuse_without_length
 from textbrewer.engine import LoaderBatches, size_of
 from textbrewer.hooks.forward import call, evaluating
-from textbrewer.registry import name_of
 
 PostProcessor = Callable[[Any], Any]
 MakeSource = Callable[[Mapping[str, LoaderBatches]], engine.Source]
@@ -83,7 +82,9 @@ def train(distiller: BaseDistiller, arguments: Arguments, data: Data) -> None:
     )
     sizes = [size_of(loader) for loader in data.loaders.values()]
     engine.plan_steps(config, arguments.num_epochs, arguments.num_steps, sizes)
-    _check_schedules(distiller, arguments.num_steps is None and None in sizes)
+    if arguments.num_steps is None and None in sizes:
+        for lesson in distiller.lessons.values():
+            refuse_without_length(lesson.config, lesson.knowledge)
     cache = distiller.teacher_cache
     with (
         engine.Runtime(config) as runtime,
@@ -107,20 +108,6 @@ def cached(distiller: BaseDistiller, runtime: engine.Runtime) -> Iterator[None]:
     finally:
         distiller.cached_run = None
         run.finish()
-
-
-def _check_schedules(distiller: BaseDistiller, length_unknown: bool) -> None:
-    configs = [lesson.config for lesson in distiller.lessons.values()]
-    specs = [spec for item in configs for spec in (item.kd_loss_weight_scheduler, item.hard_label_weight_scheduler)]
-    names = {f"the weight scheduler {str(name_of(spec))!r}" for spec in specs if spec not in (None, "none")}
-    for lesson in distiller.lessons.values():
-        config, knowledge = lesson.config, lesson.knowledge
-        if knowledge.scheduler is not None and accepts(knowledge.scheduler, "progress"):
-            names.add(f"the temperature scheduler {str(name_of(config.temperature_scheduler))!r}")
-        if accepts(knowledge.loss, "progress"):
-            names.add(f"kd_loss_type={str(name_of(config.kd_loss_type))!r}")
-    if length_unknown and names:
-        raise ValueError(f"{min(names)} must know the run's length, but the dataloader has none: give num_steps")
 
 
 def _run(distiller: BaseDistiller, runtime: engine.Runtime, arguments: Arguments, data: Data) -> None:

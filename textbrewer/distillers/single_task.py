@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from textbrewer.callbacks import StepCallback
-from textbrewer.distillers import running
+from textbrewer.distillers import running, training
 from textbrewer.distillers.base import BaseDistiller
 from textbrewer.engine import Source
 
@@ -61,6 +61,7 @@ class SingleTaskDistiller(BaseDistiller):
                 work; before the first update.
             NonFiniteError: if a loss or gradient is NaN or infinite.
         """
+        training.check_model_arguments(self.train, args, [*self.teachers.all(), self.model_S])
         arguments = running.Arguments(
             optimizer,
             num_epochs,

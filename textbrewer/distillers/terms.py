@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
     kinds: set[str] = set()
     for head_S, head_T, (mask_S, mask_T), label in zip(heads_S, heads_T, masks, labels, strict=True):
         mask = None
-        kinds.add("rows" if head_S.dim() == 2 else "cells" if mask_S is None and mask_T is None else "logits")
+        kinds.add(_kind_of_head(head_S, mask_S is not None or mask_T is not None, kd.takes_labels))
         if head_S.dim() == 3 and (mask_S is not None or mask_T is not None):
             head_S, head_T, mask, label = heads.align(head_S, head_T, mask_S, mask_T, label)
             if not kd.takes_mask:
@@ -106,9 +106,19 @@ def kd_terms(results_S: Views, results_T: Views, kd: KnowledgeLoss, now: Now) ->
         if kd.probability_shift and label is not None:
             head_T = heads.probability_shift(head_T, label)
         values.append(kd(head_S, head_T, mask, label, now.progress))
-    # Heads of rows beside heads of positions, or a loss between rows: the sum is no mean of one kind.
-    averaged_over = kinds.pop() if len(kinds) == 1 and denominator_of(kd.loss) != "batch" else None
+    # Heads of rows beside heads of positions, or of labels each: the sum is no mean of one kind.
+    of_one_kind = len(kinds) == 1 and (len(values) == 1 or not kd.takes_labels)
+    averaged_over = kinds.pop() if of_one_kind and kd.has_parts else None
     return [Term("kd_loss", sum(values[1:], values[0]), now.kd_weight, averaged_over)]
+
+
+def _kind_of_head(logits: Tensor, masked: bool, takes_labels: bool) -> str:
+    """Return what the loss of a head averages over; with labels, what has one."""
+    if takes_labels:
+        return "labels"
+    if logits.dim() == 2:
+        return "rows"
+    return "logits" if masked else "cells"
 
 
 def some_weight(results_S: Views, plan: Sequence[PlannedMatch], custom: Sequence[CustomMatch], now: Now) -> bool:
@@ -151,14 +161,16 @@ def match_terms(
         triples = zip(losses, features_S, features_T, strict=True)
         values = [loss(feature_S, feature_T, mask=mask) for loss, feature_S, feature_T in triples]
     return [
-        Term(planned.name, value, planned.match.weight, _kind(planned.loss, mask))
+        Term(planned.name, value, planned.match.weight, _kind_of_match(planned, mask))
         for planned, value in zip(plan, values, strict=True)
     ]
 
 
-def _kind(loss: Callable[..., Tensor], mask: Tensor | None) -> str | None:
-    """Return what a match loss averages over."""
-    kind = denominator_of(loss)
+def _kind_of_match(planned: PlannedMatch, mask: Tensor | None) -> str | None:
+    """Return what a match averages over; ``None`` if unknown, or its strategy chooses by the whole batch."""
+    if planned.strategy is not None and not planned.strategy.has_parts:
+        return None
+    kind = denominator_of(planned.loss)
     if mask is None and kind in ("positions", "pairs"):
         return {"positions": "cells", "pairs": "cell_pairs"}[kind]
     return kind
@@ -219,7 +231,8 @@ def total(terms: Sequence[Term], now: Now) -> tuple[Tensor, dict[str, Tensor]]:
 def _share(term: Term, share: Mapping[str, Tensor]) -> Tensor:
     if term.averaged_over is None or term.averaged_over not in share:
         raise ValueError(
-            f"accumulation_weighting='positions' cannot weigh {term.name!r}: its loss compares rows, or does not tell "
-            "what it averages over; mark it with textbrewer.losses.masking.averaged_over, or use 'micro_batch'"
+            f"accumulation_weighting='positions' cannot weigh {term.name!r}: it depends on the batch as a whole (a "
+            "loss between rows, a temperature or layers chosen by the batch), or its loss does not tell what it "
+            "averages over; mark that with textbrewer.losses.masking.averaged_over, or use 'micro_batch'"
         )
     return share[term.averaged_over]

@@ -74,6 +74,7 @@ class BasicTrainer:
         """
         self._check_config()
         training.check_loader(dataloader, "dataloader")
+        training.check_model_arguments(self.train, args, self._called_models())
         folder = self.t_config.output_dir
         training.check_arguments(optimizer, self.model, folder, max_grad_norm, callback, resume_from, step_callbacks)
         engine.plan_steps(self.t_config, num_epochs, num_steps, [engine.size_of(dataloader)])
@@ -104,6 +105,10 @@ class BasicTrainer:
     def exported(self) -> nn.Module:
         """The model that ``gs<step>.pkl`` and the callback are about."""
         return self.model
+
+    def _called_models(self) -> list[nn.Module]:
+        """Return the models that get batches and further arguments."""
+        return [self.model]
 
     def _module(self) -> nn.Module:
         """Return the module to train."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from textbrewer import checks
 from textbrewer.callbacks import StepCallback
 from textbrewer.engine.checkpoint import check_writable
+from textbrewer.names import nearest, suggestion
+
+# Arguments that train() of one kind of distiller has, and that of another has not.
+_OF_OTHER_DISTILLERS = ("batch_postprocessor", "batch_postprocessors", "dataloader", "dataloaders", "num_epochs", "tau")
+# So like each other are misspelt and abbreviated names ("resume", "lr_scheduler"); arguments of models are below 0.6.
+_RESEMBLES = 0.65
 
 ParameterGroup = tuple[nn.Module, dict[str, Any]]
 
@@ -52,6 +59,32 @@ def check_arguments(
             "make it of model_S.parameters(), after moving or replacing parts of the student"
         )
     check_writable(Path(output_dir))
+
+
+def check_model_arguments(
+    train: Callable[..., None], given: Mapping[str, Any], models: Iterable[nn.Module | None]
+) -> None:
+    """Raise for what was given as a further argument of the models, but was meant for ``train()`` itself.
+
+    Models of transformers take any argument and ignore those that they do not know, so nothing else would tell.
+
+    Args:
+        train: the method that was called.
+        given: the further arguments.
+        models: those that get them; ``None`` where a stored teacher is not here.
+
+    Raises:
+        TypeError: if an argument's name resembles one of ``train()``, of this or another distiller, and no model's
+            ``forward()`` names it.
+    """
+    own = [name for name, item in inspect.signature(train).parameters.items() if item.kind is not item.VAR_KEYWORD]
+    taken = {name for model in models if model is not None for name in inspect.signature(model.forward).parameters}
+    for name, value in given.items():
+        if name not in taken and nearest(name, [*own, *_OF_OTHER_DISTILLERS], _RESEMBLES):
+            raise TypeError(
+                f"train() has no argument {name!r}, given as {value!r}: {suggestion(name, own)}; further arguments go "
+                "to the models, and none of them names this one in its forward()"
+            )
 
 
 def check_loader(loader: Any, name: str) -> None:

@@ -80,16 +80,28 @@ def shares(batches: Sequence[Any], runtime: Runtime, count: Callable[[Any], Coun
     return [dict(zip(names, row.unbind(), strict=True)) for row in factors]
 
 
-def check_counts(counts: Counts, views: Views) -> None:
-    """Raise ValueError if the adaptor's masks count otherwise than the batch (waits for the device; once a run)."""
+def check_counts(counts: Counts, views: Views, takes_labels: bool = False) -> None:
+    """Raise ValueError if the adaptor's masks count otherwise than the batch (waits for the device; once a run).
+
+    Args:
+        counts: of the student's batch.
+        views: the student's.
+        takes_labels: whether the KD loss reads the true classes, and so averages over those that are there.
+    """
+    if takes_labels and "labels" in views:
+        for labels in views["labels"]:
+            _compare("labels", int((labels >= 0).sum()), counts["labels"])
     for name, key in (("positions", "inputs_mask"), ("logits", "logits_mask")):
         if key not in views:
             continue
         masks = views[key] if isinstance(views[key], list) else [views[key]]
         for mask in masks:
-            picked, counted = int(mask.bool().sum()), int(counts[name])
-            if picked != counted:
-                raise ValueError(
-                    f"accumulation_weighting='positions': the adaptor's {key!r} picks {picked} positions, the batch "
-                    f"was counted to have {counted}; override the distiller's count_positions(batch)"
-                )
+            _compare(key, int(mask.bool().sum()), counts[name])
+
+
+def _compare(key: str, picked: int, counted: Tensor | float) -> None:
+    if picked != int(counted):
+        raise ValueError(
+            f"accumulation_weighting='positions': the adaptor's {key!r} picks {picked} positions, the batch was "
+            f"counted to have {int(counted)}; override the distiller's count_positions(batch)"
+        )

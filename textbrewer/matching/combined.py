@@ -50,6 +50,8 @@ class AttentionOverLayers(LayerStrategy):
         "Methodology" (there with the states at the first position only: loss ``"pkd"`` looks at those).
     """
 
+    has_parts = True
+
     def forward(self, states_S: Sequence[Tensor], states_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """Return the sum of the losses; arguments as in :class:`LayerStrategy`.
 

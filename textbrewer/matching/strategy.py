@@ -27,6 +27,10 @@ class LayerStrategy(nn.Module, ABC):
         layers_T: number of the teacher's layers.
     """
 
+    has_parts = False
+    """Whether the loss of a batch is the mean of those of its parts, each weighed by what ``loss`` averages over: not
+    where layers are chosen by the whole batch."""
+
     def __init__(self, loss: Callable[..., Tensor], layers_S: int, layers_T: int) -> None:
         super().__init__()
         self.loss, self.layers_S, self.layers_T = loss, layers_S, layers_T

@@ -48,6 +48,8 @@ class Pairwise(LayerStrategy):
         Jiao et al., "TinyBERT", 2020, arXiv:1909.10351, section 3.1 (one matrix for all layers in the authors' code).
     """
 
+    has_parts = True
+
     def __init__(self, loss: Loss, layers_S: int, layers_T: int) -> None:
         super().__init__(loss, layers_S, layers_T)
         if layers_S != layers_T:
@@ -85,6 +87,8 @@ class RandomSubset(LayerStrategy):
     Reference:
         Haidar et al., "RAIL-KD", 2022, arXiv:2109.10164, section 3 (there on the mean of the positions of each layer).
     """
+
+    has_parts = True
 
     def __init__(self, loss: Loss, layers_S: int, layers_T: int, seed: int = 0) -> None:
         super().__init__(loss, layers_S, layers_T)
