@@ -77,7 +77,7 @@ def attention_kl_loss(
 
     Reference:
         Wang et al., "MiniLM", 2020, arXiv:2002.10957, section 3.1, equation 6; Sun et al., "MobileBERT", 2020,
-        arXiv:2004.02984, section 3.3.
+        arXiv:2004.02984, section 3.4.
     """
     same_scores(attention_S, attention_T, "use 'relation_kl' with 'heads' where the numbers of heads differ")
     student, teacher = full_precision(attention_S, attention_T)

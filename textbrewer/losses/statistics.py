@@ -127,7 +127,7 @@ def layer_norm_mse_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = 
         ValueError: if shapes do not fit.
 
     Reference:
-        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.3 (feature map transfer, weight 100 over the number
+        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.4 (feature map transfer, weight 100 over the number
         of layers in the authors' code).
     """
     same_states(state_S, state_T)
@@ -163,7 +163,7 @@ def state_mean_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None
         ValueError: if shapes do not fit.
 
     Reference:
-        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.3; weight 5000 over the number of layers in the
+        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.4; weight 5000 over the number of layers in the
         authors' code.
     """
     student, teacher, weight = _both_cleared(state_S, state_T, mask)
@@ -195,7 +195,7 @@ def state_variance_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = 
         ValueError: if shapes do not fit.
 
     Reference:
-        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.3; weight 5 over the number of layers in the
+        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.4; weight 5 over the number of layers in the
         authors' code.
     """
     student, teacher, weight = _both_cleared(state_S, state_T, mask)

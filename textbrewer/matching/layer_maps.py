@@ -79,7 +79,7 @@ def first(layers_T: int, layers_S: int) -> list[tuple[int, int]]:
         layers_S: number of the student's layers.
 
     Reference:
-        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.3 (sides of the same depth).
+        Sun et al., "MobileBERT", 2020, arXiv:2004.02984, section 3.4 (sides of the same depth).
     """
     return [(m, m) for m in range(1, layers_S + 1)]
 
