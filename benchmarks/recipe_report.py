@@ -89,7 +89,7 @@ def write(grid: Grid, folder: Path) -> None:
 
 VERDICTS = """\
 The spread is the larger of the two standard deviations over the seeds. Recipes have default settings, and one learning
-rate a task: that found for "KD and hidden states". The published ones have one seed so far: among these figures a
+rate a task: that found for "KD and hidden states". The published ones have two seeds so far: among these figures a
 difference of less than a point or two is none.
 """
 
