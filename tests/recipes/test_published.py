@@ -170,6 +170,14 @@ def test_textbrewers_own(name, layers, width, expected):
     assert (stage.config.temperature, stage.config.kd_loss_type, stage.config.hard_label_weight) == (8, "ce", 0)
 
 
+@pytest.mark.parametrize("name", ["rail-kd", "alp-kd"])
+def test_labels_of_recipes_whose_papers_have_them(name):
+    weights = [stages(name, 6, **settings)[0].config.hard_label_weight for settings in ({}, {"hard_label_weight": 0.3})]
+    assert weights == [0, 0.3]
+    with pytest.raises(ValueError, match="hard_label_weight"):
+        stages(name, 6, hard_label_weight=-1)
+
+
 def test_annealing():
     # Jafari et al. 2021: the annealed logits first, then the labels alone.
     first, second = stages("annealing-kd", 6, max_temperature=7)

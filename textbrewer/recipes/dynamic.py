@@ -25,6 +25,10 @@ def bert_emd(
 
     .. math:: L = L_\mathrm{KD} + \beta \left(\theta\, (L_\mathrm{att} + L_\mathrm{hid}) + L_\mathrm{emb}\right)
 
+    Where the authors' code differs: its KD term is divided by the number of classes too, it averages the layer weights
+    of attention and states unless told otherwise, and one projection serves embeddings and layers. Here the KD term is
+    the sum over the classes, and weights and projections are each match's own.
+
     **When:** it is not known which layers belong together, and the cost of all pairs does not matter. Needs the extra
     ``emd``.
 
@@ -101,9 +105,17 @@ def cofi_dynamic(
 
 @RECIPES.add("rail-kd")
 def rail_kd(
-    teacher: nn.Module, student: nn.Module, weight: float = 1.0, temperature: float = 4.0, seed: int = 0
+    teacher: nn.Module,
+    student: nn.Module,
+    weight: float = 1.0,
+    temperature: float = 4.0,
+    seed: int = 0,
+    hard_label_weight: float = 0.0,
 ) -> list[Stage]:
     """RAIL-KD: in every epoch another random subset of the teacher's layers, in order.
+
+    Compared are the states at all positions. In the paper they are averaged over the positions and brought to length 1
+    first, and the cross-entropy with the labels is a part of the loss; here it is with ``hard_label_weight``.
 
     **When:** a deep teacher whose every layer should be used at the price of few.
 
@@ -113,20 +125,31 @@ def rail_kd(
         weight: of the layers, beside weight 1 for the KD loss.
         temperature: of the KD loss.
         seed: of the draws.
+        hard_label_weight: of the labels.
 
     Reference:
-        Haidar et al., "RAIL-KD", 2021, arXiv:2109.10164, section 3 (layer by layer); the weight is ours.
+        Haidar et al., "RAIL-KD", 2021, arXiv:2109.10164, section 3 (layer by layer); the weights are ours.
     """
+    checks.number(hard_label_weight, "hard_label_weight", minimum=0)
     layers_T, layers_S = depths(teacher, student, "rail-kd")
     strategy = ["random", {"seed": seed}]
     match = {"feature": "hidden", "loss": "hidden_mse", "weight": weight, "strategy": strategy, "proj": "linear"}
     matches = [several(match, range(1, layers_T + 1), range(1, layers_S + 1))]
-    return _one("rail-kd", matches, temperature=temperature, kd_loss_type="kl")
+    weights = {"hard_label_weight": hard_label_weight}
+    return _one("rail-kd", matches, temperature=temperature, kd_loss_type="kl", **weights)
 
 
 @RECIPES.add("alp-kd")
-def alp_kd(teacher: nn.Module, student: nn.Module, weight: float = 1.0, temperature: float = 4.0) -> list[Stage]:
+def alp_kd(
+    teacher: nn.Module,
+    student: nn.Module,
+    weight: float = 1.0,
+    temperature: float = 4.0,
+    hard_label_weight: float = 0.0,
+) -> list[Stage]:
     """ALP-KD: each layer of the student learns from all of the teacher's, weighted by their likeness to it.
+
+    In the paper the cross-entropy with the labels is a part of the loss; here it is with ``hard_label_weight``.
 
     **When:** all of the teacher's layers should count and none be chosen by hand.
 
@@ -135,14 +158,17 @@ def alp_kd(teacher: nn.Module, student: nn.Module, weight: float = 1.0, temperat
         student: the student.
         weight: of the layers, beside weight 1 for the KD loss.
         temperature: of the KD loss.
+        hard_label_weight: of the labels.
 
     Reference:
         Passban et al., "ALP-KD", 2020, arXiv:2012.14022, section 3; the weights are ours.
     """
+    checks.number(hard_label_weight, "hard_label_weight", minimum=0)
     layers_T, layers_S = depths(teacher, student, "alp-kd")
     match = {"feature": "hidden", "loss": "hidden_mse", "weight": weight, "strategy": "attention", "proj": "linear"}
     matches = [several(match, range(1, layers_T + 1), range(1, layers_S + 1))]
-    return _one("alp-kd", matches, temperature=temperature, kd_loss_type="kl")
+    weights = {"hard_label_weight": hard_label_weight}
+    return _one("alp-kd", matches, temperature=temperature, kd_loss_type="kl", **weights)
 
 
 def _one(name: str, matches: list[dict[str, Any]], **settings: Any) -> list[Stage]:

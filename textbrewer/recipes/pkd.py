@@ -18,7 +18,8 @@ def pkd_skip(
 
     .. math:: L = (1 - \alpha)\, \mathrm{CE}(y, q) + \alpha\, \tau^2 \mathrm{KL} + \beta\, L_\mathrm{PT}
 
-    :math:`L_\mathrm{PT}` is the squared distance between the directions of the first position's states.
+    :math:`L_\mathrm{PT}` is the squared distance between the directions of the first position's states. The authors'
+    code divides the KD term by the number of classes too; the formula here is the paper's.
 
     **When:** classification from the first position (``[CLS]``), with labels and few layers taken from the teacher.
 
