@@ -78,6 +78,8 @@ def check_model_arguments(
             ``forward()`` names it.
     """
     own = [name for name, item in inspect.signature(train).parameters.items() if item.kind is not item.VAR_KEYWORD]
+    if not given:
+        return
     taken = {name for model in models if model is not None for name in inspect.signature(model.forward).parameters}
     for name, value in given.items():
         if name not in taken and nearest(name, [*own, *_OF_OTHER_DISTILLERS], _RESEMBLES):
