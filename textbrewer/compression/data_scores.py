@@ -16,7 +16,7 @@ from textbrewer.compression.gates import close, layer_input, open_gates
 from textbrewer.compression.hidden_gates import open_reading
 from textbrewer.compression.sites import HIDDEN, Site
 from textbrewer.hooks import first_tensor
-from textbrewer.hooks.forward import call, device_of, evaluating, on_device, real_positions
+from textbrewer.hooks.forward import call, device_of, evaluating, is_encoder_decoder, on_device, real_positions
 from textbrewer.layouts.residual import Residual
 
 __all__ = ["DATA_SCORES", "activity_scores", "batches_on", "loss_of", "taylor_scores"]
@@ -147,7 +147,7 @@ class _Meter:
         self.batch: Any = None
         self.sums = torch.zeros(site.units, dtype=torch.float64)
         self.counts = torch.zeros(site.units, dtype=torch.float64)
-        self.two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.two_sided = is_encoder_decoder(model)
         self.decoder = self.two_sided and "decoder" in site.stack.split(".")
 
     def attach(self, model: nn.Module, open_contexts: ExitStack) -> None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from textbrewer import checks
 from textbrewer.adaptors import Adaptor, auto_adaptor, normalise, resolve
 from textbrewer.hooks import first_tensor
-from textbrewer.hooks.forward import call, device_of, evaluating, on_device
+from textbrewer.hooks.forward import call, device_of, evaluating, is_encoder_decoder, on_device
 
 __all__ = ["factors", "output_directions", "second_moments", "working_device"]
 
@@ -61,7 +61,7 @@ def second_moments(
     checks.is_a(dataloader, Iterable, "dataloader", "an iterable of batches such as a DataLoader")
     chosen, device = resolve(adaptor, "adaptor"), device_of(model)
     sums = {name: _Sum() for name in maps}
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    two_sided = is_encoder_decoder(model)
     batches = 0
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating(model))

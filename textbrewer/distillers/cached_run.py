@@ -18,6 +18,7 @@ from textbrewer.distillers.cached_teacher import CachedTeacher, Prepared
 from textbrewer.distillers.hearing import Unheard
 from textbrewer.distillers.needs import Needs
 from textbrewer.distillers.teachers import Teachers
+from textbrewer.hooks.forward import is_encoder_decoder
 from textbrewer.hooks.modules import label
 from textbrewer.matching import PlannedMatch
 from textbrewer.teacher_cache import CacheError, Contents, Space, TeacherCache, fingerprint, layout
@@ -224,7 +225,7 @@ def open_teacher(
             "precision": f"{runtime.precision}, {precision or runtime.precision}",
             "arguments": repr(sorted(model_args.items())),
         }
-    two_stacks = model is not None and any(map(_has_decoder, model.modules()))
+    two_stacks = model is not None and any(map(is_encoder_decoder, model.modules()))
     if two_stacks:
         teacher["positions"] = "of encoder and decoder"
     space = Space(cache, {**asked.to_dict(cache, model), **teacher}, asked.contents, f"{task}/{number}", two_stacks)
@@ -235,10 +236,6 @@ def open_teacher(
         return teachers.view(runtime, task, number, batch, model_args)
 
     return CachedTeacher(space, None if model is None else run, runtime.to_device)
-
-
-def _has_decoder(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def rows_in(loader: Any, batch: Any) -> int | None:

@@ -59,7 +59,8 @@ class KnowledgeLoss:
         Not if the loss compares rows, or reads labels and does not tell what it averages over, or the temperature
         depends on the other positions of the batch, as those of ``"flsw"`` and ``"cwsm"`` do.
         """
-        if denominator_of(self.loss) == "batch" or (self.takes_labels and denominator_of(self.loss) is None):
+        unit = denominator_of(self.loss)
+        if unit == "batch" or (unit is None and self.takes_labels):
             return False
         return self.scheduler is None or accepts(self.scheduler, "progress")
 

@@ -61,9 +61,7 @@ def check_arguments(
     check_writable(Path(output_dir))
 
 
-def check_model_arguments(
-    train: Callable[..., None], given: Mapping[str, Any], models: Iterable[nn.Module | None]
-) -> None:
+def check_model_arguments(train: Callable[..., None], given: Mapping[str, Any], models: Iterable[nn.Module]) -> None:
     """Raise for what was given as a further argument of the models, but was meant for ``train()`` itself.
 
     Models of transformers take any argument and ignore those that they do not know, so nothing else would tell.
@@ -71,16 +69,16 @@ def check_model_arguments(
     Args:
         train: the method that was called.
         given: the further arguments.
-        models: those that get them; ``None`` where a stored teacher is not here.
+        models: those that get them.
 
     Raises:
         TypeError: if an argument's name resembles one of ``train()``, of this or another distiller, and no model's
             ``forward()`` names it.
     """
-    own = [name for name, item in inspect.signature(train).parameters.items() if item.kind is not item.VAR_KEYWORD]
     if not given:
         return
-    taken = {name for model in models if model is not None for name in inspect.signature(model.forward).parameters}
+    own = [name for name, item in inspect.signature(train).parameters.items() if item.kind is not item.VAR_KEYWORD]
+    taken = {name for model in models for name in inspect.signature(model.forward).parameters}
     for name, value in given.items():
         if name not in taken and nearest(name, [*own, *_OF_OTHER_DISTILLERS], _RESEMBLES):
             raise TypeError(

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Modes", "call", "device_of", "evaluating", "modes_of", "on_device", "real_positions", "set_modes"]
+__all__ = [
+    "Modes",
+    "call",
+    "device_of",
+    "evaluating",
+    "is_encoder_decoder",
+    "modes_of",
+    "on_device",
+    "real_positions",
+    "set_modes",
+]
 
 _IGNORED = -100
 Modes = list[tuple[nn.Module, bool]]
@@ -45,6 +55,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_modes(modes)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether a model has encoder and decoder, by its configuration; one without has not."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from textbrewer.hooks.attention import USUAL_PROJECTIONS
+from textbrewer.hooks.forward import is_encoder_decoder
 
 __all__ = ["attention_modules"]
 
@@ -37,7 +38,7 @@ def attention_modules(model: nn.Module) -> list[str]:
         children = dict(module.named_children())
         if any(all(part in children for part in usual) for usual in USUAL_PROJECTIONS) and not _is_cross(name, module):
             stacks.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         stacks = {stack: names for stack, names in stacks.items() if "decoder" in stack.split(".")}
     kind = type(model).__name__
     if not stacks:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from textbrewer.hooks.forward import is_encoder_decoder
+
 __all__ = ["Place", "Stack", "find_stack", "places_of"]
 
 Place = tuple[dict[str, Any], str]
@@ -59,7 +61,7 @@ def find_stack(model: nn.Module) -> Stack | None:
     Returns:
         ``None`` if there are several of that length, none of at least two, or the model has encoder and decoder.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         return None
     lists = [item for item in model.modules() if isinstance(item, nn.ModuleList) and len({type(x) for x in item}) == 1]
     longest = max((len(item) for item in lists), default=0)

@@ -130,13 +130,11 @@ def rail_kd(
     Reference:
         Haidar et al., "RAIL-KD", 2021, arXiv:2109.10164, section 3 (layer by layer); the weights are ours.
     """
-    checks.number(hard_label_weight, "hard_label_weight", minimum=0)
     layers_T, layers_S = depths(teacher, student, "rail-kd")
     strategy = ["random", {"seed": seed}]
     match = {"feature": "hidden", "loss": "hidden_mse", "weight": weight, "strategy": strategy, "proj": "linear"}
     matches = [several(match, range(1, layers_T + 1), range(1, layers_S + 1))]
-    weights = {"hard_label_weight": hard_label_weight}
-    return _one("rail-kd", matches, temperature=temperature, kd_loss_type="kl", **weights)
+    return _one("rail-kd", matches, temperature=temperature, kd_loss_type="kl", hard_label_weight=hard_label_weight)
 
 
 @RECIPES.add("alp-kd")
@@ -163,12 +161,10 @@ def alp_kd(
     Reference:
         Passban et al., "ALP-KD", 2020, arXiv:2012.14022, section 3; the weights are ours.
     """
-    checks.number(hard_label_weight, "hard_label_weight", minimum=0)
     layers_T, layers_S = depths(teacher, student, "alp-kd")
     match = {"feature": "hidden", "loss": "hidden_mse", "weight": weight, "strategy": "attention", "proj": "linear"}
     matches = [several(match, range(1, layers_T + 1), range(1, layers_S + 1))]
-    weights = {"hard_label_weight": hard_label_weight}
-    return _one("alp-kd", matches, temperature=temperature, kd_loss_type="kl", **weights)
+    return _one("alp-kd", matches, temperature=temperature, kd_loss_type="kl", hard_label_weight=hard_label_weight)
 
 
 def _one(name: str, matches: list[dict[str, Any]], **settings: Any) -> list[Stage]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from textbrewer import checks
 from textbrewer.configurations import DistillationConfig
+from textbrewer.hooks.forward import is_encoder_decoder
 from textbrewer.matching import number_of_layers
 from textbrewer.registry import Registry
 
@@ -133,8 +134,7 @@ def is_causal(model: nn.Module) -> bool:
     Args:
         model: the model.
     """
-    config = getattr(model, "config", None)
-    if any(getattr(config, name, False) is True for name in ("is_encoder_decoder", "is_decoder")):
+    if is_encoder_decoder(model) or getattr(getattr(model, "config", None), "is_decoder", False) is True:
         return True
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 

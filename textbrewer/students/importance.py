@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from textbrewer.hooks import first_tensor
-from textbrewer.hooks.forward import call, device_of, evaluating, on_device, real_positions
+from textbrewer.hooks.forward import call, device_of, evaluating, is_encoder_decoder, on_device, real_positions
 from textbrewer.students.spaces import Space
 
 __all__ = ["activation_scores", "choose", "weight_scores"]
@@ -94,7 +94,7 @@ class _Listener:
         self.space = space
         self.batch: Any = None
         self.sums, self.positions = torch.zeros(space.features, dtype=torch.float64), 0
-        self.two_sided = bool(getattr(getattr(teacher, "config", None), "is_encoder_decoder", False))
+        self.two_sided = is_encoder_decoder(teacher)
 
     def attach(self, teacher: nn.Module, open_contexts: ExitStack) -> None:
         """Listen to the readers until the contexts are closed."""

@@ -144,8 +144,10 @@ def masks_cover_padding(views_S: Views, views_T: Views, rows: Rows, contents: Co
 def same_mask(views_S: Views, views_T: Views) -> bool:
     """Return whether both sides have the same ``inputs_mask``, or both have none."""
     own, other = views_S.get("inputs_mask"), views_T.get("inputs_mask")
+    if own is other:
+        return True
     if own is None or other is None:
-        return own is None and other is None
+        return False
     return own.shape == other.shape and bool((own.cpu() == other.cpu()).all())
 
 
