@@ -11,7 +11,7 @@ from tests.distillers.setups import Setup, batches, make_teacher, weights
 from textbrewer import BasicTrainer, CustomMatch, GeneralDistiller
 from textbrewer.distillers.quantized import Int8Layers
 from textbrewer.engine import Runtime
-from textbrewer.engine.runtime import _precision
+from textbrewer.engine.precision import precision_of
 
 
 def seen_by_the_loss(setup):
@@ -218,7 +218,7 @@ def test_precisions_that_a_device_has_not(tmp_path, device, precision, message):
     config = make_config(tmp_path, teacher_precision=precision)
     config.device = device
     with pytest.raises(ValueError, match=message):
-        _precision(config)
+        precision_of(config)
     if device == "cpu":
         with pytest.raises(ValueError, match=message):
             Runtime(config)

@@ -36,6 +36,7 @@ class TrainingConfig(Config):
         local_rank: this process's rank on its machine in distributed training, -1 for none. ``torchrun`` and
             ``accelerate launch`` set it for you.
         precision: ``"no"`` (float32), ``"bf16"`` or ``"fp16"`` mixed precision, ``"apex"`` (NVIDIA Apex, if installed).
+            A run with bf16 on a processor that only emulates it warns: it is slower than float32 there.
         logging_steps: optimiser steps between two readings of the losses from the device, for log and progress bar.
             Every step is logged all the same.
         log_with: trackers of accelerate, beside tensorboard: a name such as ``"wandb"`` or a list of them.

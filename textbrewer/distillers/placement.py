@@ -11,7 +11,7 @@ import torch
 from textbrewer import checks
 from textbrewer.adaptors import Views
 from textbrewer.configurations.training import TEACHER_PRECISIONS
-from textbrewer.engine import Runtime
+from textbrewer.engine import Runtime, warn_of_emulation
 
 
 class Placement:
@@ -54,6 +54,7 @@ class Placement:
                 raise ValueError(f"{given} is for CPUs, and this teacher's device is {kind!r}; use 'bf16' there")
             if precision == "int8" and runtime.config.compiles("teacher"):
                 raise ValueError(f"{given}: a teacher in int8 cannot be compiled; use compile='student', or 'bf16'")
+            warn_of_emulation(f"teacher_precisions[{number}]", precision, kind)
 
     def autocast(self, runtime: Runtime, number: int) -> AbstractContextManager[Any]:
         """Return the context in which a teacher's forward pass has its precision."""

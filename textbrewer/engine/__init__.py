@@ -5,6 +5,7 @@ from textbrewer.engine.checkpoint import checkpoints_in, find_checkpoint
 from textbrewer.engine.job import Job, Step
 from textbrewer.engine.loaders import first_batch, generators_of, size_of
 from textbrewer.engine.loop import run
+from textbrewer.engine.precision import warn_of_emulation
 from textbrewer.engine.prefetch import PreparedBatches
 from textbrewer.engine.rng import kept as rng_kept
 from textbrewer.engine.runtime import Runtime
@@ -34,4 +35,5 @@ __all__ = [
     "say",
     "shard",
     "size_of",
+    "warn_of_emulation",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from textbrewer import checks
 from textbrewer.configurations import TrainingConfig
+from textbrewer.engine.precision import precision_of
 
 Optimizer = torch.optim.Optimizer
 
@@ -39,7 +40,7 @@ class Runtime:
     def __init__(self, config: TrainingConfig) -> None:
         self._state_before = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
         self.config = config
-        self.precision = _precision(config)
+        self.precision = precision_of(config)
         self.apex: Any = _import_apex() if self.precision == "apex" else None
         self.accelerator = _accelerator(config, self.precision)
         self.device: torch.device = self.accelerator.device
@@ -203,31 +204,6 @@ class Runtime:
     def wait(self) -> None:
         """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
-
-
-def _precision(config: TrainingConfig) -> str:
-    """Return the configured precision, or the launcher's (``accelerate launch --mixed_precision``) where none is.
-
-    Raises:
-        ValueError: for fp16 on a CPU, which accelerate would ignore, or a teacher in int8 elsewhere.
-    """
-    precision = config.precision
-    if precision == "no" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16"):
-        precision = os.environ["ACCELERATE_MIXED_PRECISION"]
-    kind = torch.device(config.device or "cpu").type
-    if precision == "fp16" and kind == "cpu":
-        raise ValueError(
-            "precision='fp16' (fp16=True) needs a GPU, and the device is 'cpu'; use precision='bf16' there"
-        )
-    if config.teacher_precision == "fp16" and kind == "cpu":
-        raise ValueError(
-            "teacher_precision='fp16' needs a GPU, and the device is 'cpu'; use teacher_precision='bf16' there"
-        )
-    if config.teacher_precision == "int8" and kind != "cpu":
-        raise ValueError(
-            f"teacher_precision='int8' is for CPUs, and the device is {kind!r}; use teacher_precision='bf16' there"
-        )
-    return precision
 
 
 def _accelerator(config: TrainingConfig, precision: str) -> Accelerator:
