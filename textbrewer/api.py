@@ -8,8 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from textbrewer import checks, engine, recipes
-from textbrewer.adaptors import Adaptor
+from textbrewer.adaptors import Adaptor, one_each
 from textbrewer.configurations import TrainingConfig
-from textbrewer.distillers import GeneralDistiller, MutualDistiller
-from textbrewer.distillers.batch_parts import split
-from textbrewer.distillers.frozen import untrained
+from textbrewer.distillers.targets import make_target
 from textbrewer.files import replaced
-from textbrewer.hooks import resolve
 from textbrewer.names import suggestion
 from textbrewer.recipes import Stage
 from textbrewer.recipes.lengths import lengths_of
-from textbrewer.recipes.optimisation import WarmUpAndDecay, make_optimizer
+from textbrewer.recipes.optimisation import make_optimizer
+from textbrewer.stage_training import StageTraining
 from textbrewer.students import init_student_from_teacher
 from textbrewer.teacher_cache import TeacherCache, fingerprint
 
@@ -40,7 +37,7 @@ _RECORD = "distill.json"
 
 
 def distill(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     student: nn.Module | int,
     recipe: str = "hidden",
     *,
@@ -51,8 +48,9 @@ def distill(
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
     output_dir: str | os.PathLike[str] = "./distilled",
     callback: Callable[..., Any] | None = None,
-    adaptor_T: Adaptor | str = "auto",
+    adaptor_T: Adaptor | str | Sequence[Adaptor | str] = "auto",
     adaptor_S: Adaptor | str = "auto",
+    target: str | Sequence[Any] | None = None,
     teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
     is_caching_logits: bool = False,
     train_config: TrainingConfig | None = None,
@@ -60,15 +58,17 @@ def distill(
     resume: bool = True,
     **settings: Any,
 ) -> nn.Module:
-    """Distil a teacher into a student by a published recipe.
+    """Distil a teacher, or several of one task, into a student by a published recipe.
 
     >>> student = textbrewer.distill(teacher, 3, recipe="tinybert", dataloader=loader, num_epochs=10)
+    >>> student = textbrewer.distill([teacher, second, third], 3, recipe="cofi-dynamic", dataloader=loader)
 
     The stages of the recipe run one after the other and share the given length. Each writes its checkpoints into a
     folder of its own, ``output_dir/1-intermediate`` and so on; the same call goes on where it was interrupted.
 
     Args:
-        teacher: the teacher, fine-tuned where the recipe is about a task; it is left as it is.
+        teacher: the teacher, fine-tuned where the recipe is about a task; it is left as it is. Of a list the recipe is
+            made for the first: that one shows its layers, and all of them their logits.
         student: the student, which is trained in place; or how many of the teacher's layers to make one of
             (:func:`textbrewer.students.init_student_from_teacher`, without dropout).
         recipe: a name of ``textbrewer.recipes.RECIPES``.
@@ -82,8 +82,11 @@ def distill(
         output_dir: folder of checkpoints, one folder a stage.
         callback: ``callback(model=student, step=global_step)`` after each checkpoint, of which there is one at each
             stage's end too.
-        adaptor_T: what the teacher's outputs mean; ``"auto"`` for a transformers model.
+        adaptor_T: what the teacher's outputs mean; ``"auto"`` for a transformers model. Of several teachers one for
+            all, or a list of one each.
         adaptor_S: what the student's outputs mean, likewise.
+        target: how several teachers become one KD loss, as for :class:`MultiTeacherDistiller`; ``None``: by the mean of
+            their logits.
         teacher_cache: where the teacher's outputs are stored and found again, see ``GeneralDistiller``. Only for the
             run's own teacher: another one that a recipe trains on the way is not stored.
         is_caching_logits: keep what each stage needs of the teacher's outputs in main memory, see
@@ -111,16 +114,21 @@ def distill(
     checks.is_a(config, TrainingConfig, "train_config", "a TrainingConfig")
     rate = 3e-4 if learning_rate is None else learning_rate
     checks.number(rate, "learning_rate", above=0)
-    pupil, stages = _stages(recipe, teacher, student, settings)
+    teachers, adaptors, blend = _teachers(teacher, adaptor_T, target)
+    pupil, stages = _stages(recipe, teachers, student, settings)
     accumulation = config.gradient_accumulation_steps
     if not callable(make := make_optimizer if optimizer is None else optimizer):
         raise TypeError(f"optimizer must be a function (model, learning_rate) -> optimizer, got {make!r}")
     lengths, a_pass = lengths_of(stages, engine.size_of(dataloader), num_epochs, num_steps, accumulation)
     record = {"recipe": recipe, "settings": _plain(settings), "steps": lengths, "rate": rate}
-    record |= {"accumulation": accumulation, "max_grad_norm": max_grad_norm, **_models(teacher, pupil)}
+    record |= {"accumulation": accumulation, "max_grad_norm": max_grad_norm, **_models(teachers, pupil)}
+    record |= _plain({"target": blend}) if len(teachers) > 1 else {}
     began = _begin(Path(output_dir), record, resume)
     arguments = {"dataloader": dataloader, "scheduler_class": LambdaLR, "max_grad_norm": max_grad_norm}
-    run = _Run(teacher, pupil, adaptor_T, adaptor_S, teacher_cache, is_caching_logits, make, rate, arguments, callback)
+    run = StageTraining(
+        *(teachers, pupil, adaptors, adaptor_S, blend, teacher_cache, is_caching_logits),
+        *(make, rate, arguments, callback),
+    )
     for number, (stage, steps) in enumerate(zip(stages, lengths, strict=True), 1):
         logger.info("%s, stage %d of %d: %s, %d steps", recipe, number, len(stages), stage.name, steps)
         name, every = f"{number}-{stage.name}", config.ckpt_steps or min(steps, a_pass)
@@ -130,20 +138,39 @@ def distill(
     return pupil
 
 
+def _teachers(
+    given: Any, adaptor: Adaptor | str | Sequence[Adaptor | str], target: str | Sequence[Any] | None
+) -> tuple[list[nn.Module], list[Adaptor | str], str | Sequence[Any]]:
+    """Return the teachers, an adaptor of each, and the target; by default the mean of the logits.
+
+    Raises:
+        KeyError, TypeError, ValueError: if one of them cannot be, or there is a target and one teacher.
+    """
+    teachers = list(given) if isinstance(given, (list, tuple, nn.ModuleList)) else [given]
+    if not teachers:
+        raise ValueError("teacher must be a torch module, or a list of at least one, got none")
+    for number, teacher in enumerate(teachers):
+        checks.is_a(teacher, nn.Module, f"teacher[{number}]" if len(teachers) > 1 else "teacher", "a torch module")
+    if target is not None and len(teachers) == 1:
+        raise ValueError(f"target={target!r} is for several teachers, and there is one; leave it out, or give a list")
+    blend = "mean_logits" if target is None else target
+    make_target(blend, len(teachers))
+    return teachers, one_each(adaptor, len(teachers), "adaptor_T", "teacher"), blend
+
+
 def _stages(
-    recipe: str, teacher: nn.Module, student: nn.Module | int, settings: dict[str, Any]
+    recipe: str, teachers: list[nn.Module], student: nn.Module | int, settings: dict[str, Any]
 ) -> tuple[nn.Module, list[Stage]]:
-    """Return the student, the given one or so many layers of the teacher, and the stages of the recipe."""
+    """Return the student, the given one or so many layers of the first teacher, and the stages of the recipe."""
     make = recipes.get(recipe)
     _, _, *known = inspect.signature(make).parameters.values()
     names = [parameter.name for parameter in known]
     for name in settings:
         if name not in names and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
             raise TypeError(f"recipe {recipe!r} has no setting {name!r}; {suggestion(name, names)}")
-    checks.is_a(teacher, nn.Module, "teacher", "a torch module")
     if isinstance(student, int) and not isinstance(student, bool):
         # Of a teacher in half precision too: the updates of a training are lost in its rounding.
-        student = init_student_from_teacher(teacher, layers=student, dropout=0.0).float()
+        student = init_student_from_teacher(teachers[0], layers=student, dropout=0.0).float()
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch module, or a number of layers, got {student!r}")
     if any(item.dtype == torch.float16 and item.requires_grad for item in student.parameters()):
@@ -152,85 +179,19 @@ def _stages(
             "precision in train_config for a training in half precision"
         )
     try:
-        return student, make(teacher, student, **settings)
+        stages = make(teachers[0], student, **settings)
     except TypeError as error:
         raise TypeError(f"recipe {recipe!r}: {error}") from error
+    if len(teachers) > 1 and any(stage.peers for stage in stages):
+        raise ValueError(f"recipe {recipe!r} has no stage that is taught, give one teacher; got {len(teachers)}")
+    return student, stages
 
 
-@dataclass
-class _Run:
-    """What all stages of one call share; see :func:`distill`."""
-
-    teacher: nn.Module
-    student: nn.Module
-    adaptor_T: Adaptor | str
-    adaptor_S: Adaptor | str
-    teacher_cache: TeacherCache | str | os.PathLike[str] | None
-    is_caching_logits: bool
-    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
-    rate: float
-    arguments: dict[str, Any]
-    callback: Callable[..., Any] | None
-
-    def train(self, stage: Stage, steps: int, config: TrainingConfig, began: float) -> None:
-        """Train one stage; go on from its newest checkpoint, if that is not older than the distillation."""
-        found = engine.checkpoints_in(Path(config.output_dir))
-        student = self.student if stage.student is None else stage.student
-        distiller = self._distiller(stage, config, student)
-        trained = distiller.cohort if isinstance(distiller, MutualDistiller) else student
-        still = [parameter for name in stage.frozen for parameter in resolve(student, name).parameters()]
-        with untrained(still), distiller:
-            distiller.train(
-                self.optimizer(trained, self.rate if stage.learning_rate is None else stage.learning_rate),
-                num_steps=steps,
-                scheduler_args={"lr_lambda": WarmUpAndDecay(steps)},
-                callback=self.callback if student is self.student else None,
-                resume_from="latest" if found and found[0][1]["saved_at"] >= began else None,
-                batch_postprocessor=_for_all if stage.teacher or stage.student or stage.peers else None,
-                **self.arguments,
-            )
-
-    def _distiller(
-        self, stage: Stage, config: TrainingConfig, student: nn.Module
-    ) -> GeneralDistiller | MutualDistiller:
-        """Return what trains a stage; a teacher that was a student of an earlier stage has the student's adaptor."""
-        if stage.peers:
-            like_teacher = [type(peer) is type(self.teacher) for peer in stage.peers]
-            adaptors = [self.adaptor_S, *(self.adaptor_T if like else self.adaptor_S for like in like_teacher)]
-            return MutualDistiller(config, stage.config, [student, *stage.peers], adaptors)
-        teacher = self.teacher if stage.teacher is None else stage.teacher
-        own = teacher is self.teacher
-        learn = dataclasses.replace(stage.config, is_caching_logits=self.is_caching_logits)
-        return GeneralDistiller(
-            config,
-            learn,
-            teacher,
-            student,
-            self.adaptor_T if own or type(teacher) is type(self.teacher) else self.adaptor_S,
-            self.adaptor_S,
-            teacher_cache=self.teacher_cache if own else None,
-        )
-
-
-def _for_all(batch: Any) -> Any:
-    """Return a batch of a stage with further models; one with a part for each side does not tell which they read.
-
-    Raises:
-        ValueError: if it has parts.
-    """
-    if split(batch)[1] is not batch:
-        raise ValueError(
-            "dataloader must yield batches that all models read for a recipe with models between teacher and student, "
-            "got parts for 'teacher' and 'student'; use a recipe of these two alone, such as 'kd'"
-        )
-    return batch
-
-
-def _models(teacher: nn.Module, student: nn.Module) -> dict[str, str]:
-    """Return what is noted of the models: the teacher's weights, as a hash, and the student's size."""
+def _models(teachers: Sequence[nn.Module], student: nn.Module) -> dict[str, str]:
+    """Return what is noted of the models: the teachers' weights, as hashes, and the student's size."""
     size = sum(parameter.numel() for parameter in student.parameters())
     return {
-        "teacher": f"{type(teacher).__name__} {fingerprint.of_model(teacher)}",
+        "teacher": ", ".join(f"{type(teacher).__name__} {fingerprint.of_model(teacher)}" for teacher in teachers),
         "student": f"{type(student).__name__} of {size} parameters",
     }
 

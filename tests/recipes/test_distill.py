@@ -200,6 +200,16 @@ BAD = [
     ({"student": 1.5}, TypeError, "student must be a torch module, or a number of layers, got 1.5"),
     ({"student": 9}, ValueError, "layers"),
     ({"teacher": "bert"}, TypeError, "teacher must be a torch module"),
+    ({"teacher": []}, ValueError, "teacher must be a torch module, or a list of at least one, got none"),
+    ({"teacher": [bert(4), "bert"]}, TypeError, r"teacher\[1\] must be a torch module"),
+    ({"target": "ca_mkd"}, ValueError, "target='ca_mkd' is for several teachers, and there is one; leave it out"),
+    ({"teacher": [bert(4), bert(4)], "target": "mean_logit"}, KeyError, "did you mean 'mean_logits'"),
+    (
+        {"teacher": [bert(4), bert(4)], "adaptor_T": ["auto"] * 3},
+        ValueError,
+        r"adaptor_T must be one adaptor, or .* \(2\)",
+    ),
+    ({"teacher": [bert(4)] * 2, "recipe": "deep-mutual-learning"}, ValueError, "no stage that is taught, give one te"),
     ({"num_epochs": 0}, ValueError, "num_epochs must be at least 1"),
     ({"num_steps": 1, "recipe": "tinybert"}, ValueError, "number of stages, 2, got 1"),
     ({"learning_rate": 0}, ValueError, "learning_rate must be greater than 0"),
@@ -299,7 +309,7 @@ def test_parts_for_each_side_are_refused_where_there_are_models_between(recipe, 
 
 def test_a_student_made_of_a_teacher_in_half_precision_is_in_float32(tmp_path):
     teacher, config = bert(4).to(torch.float16), TrainingConfig(progress_bar=False, device="cpu")
-    assert textbrewer.api._stages("kd", teacher, 2, {})[0].dtype == torch.float32
+    assert textbrewer.api._stages("kd", [teacher], 2, {})[0].dtype == torch.float32
     with pytest.raises(ValueError, match=r"float32 to be trained, got float16; call student\.float\(\)"):
         textbrewer.distill(
             bert(4), bert(2).half(), "kd", dataloader=batches(), output_dir=tmp_path, train_config=config
