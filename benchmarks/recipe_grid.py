@@ -2,6 +2,7 @@
 
 A cell is one training. Its result is one JSON file, written whole; a cell whose file is there is done. A sweep's cells
 train on nine tenths of the training rows and are scored on the rest; final cells use the best rate of a sweep.
+A teacher whose result is there, but not its weights, is trained again; that result comes beside the first.
 """
 
 from __future__ import annotations
@@ -91,6 +92,16 @@ class Grid:
         """Return a cell's result, ``None`` if it is not done."""
         path = self.path(cell)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def again(self, cell: Cell) -> Path:
+        """Return the file of the result of a teacher that was trained again, because its weights had gone."""
+        return self.results / cell.task / "again" / f"{cell.name}.json"
+
+    def score_of_weights(self, teacher: Cell) -> float:
+        """Return the score of the teacher whose weights are there: of the training that wrote them."""
+        path = self.again(teacher)
+        score: float = json.loads((path if path.exists() else self.path(teacher)).read_text(encoding="utf-8"))["score"]
+        return score
 
     def finals(self, task: str, method: str) -> dict[int, dict[str, Any]]:
         """Return a method's final results by seed."""
@@ -253,7 +264,7 @@ class Grid:
         data, epochs = self.load(cell), 1 if self.tiny else method.epochs(task)
         base = recipe_models.pretrained(task, self.model, cell.seed, self.tiny)
         cells = self.teachers(cell) if method.needs_teacher else []
-        teacher_scores = [(self.read(teacher) or {})["score"] for teacher in cells]
+        teacher_scores = [self.score_of_weights(teacher) for teacher in cells]
         teachers = [self.load_teacher(teacher) for teacher in cells]
         folder = self.work / cell.task / "checkpoints"
         work = Work(task, data, cell.seed, rate, dropout, epochs, base, teachers, folder, lambda model, step: None)
@@ -273,19 +284,18 @@ class Grid:
             "teacher_score": teacher_scores[0] if teacher_scores else None,
             "teacher_scores": teacher_scores,
             **found,
-            "settings": {**method.settings(), **COMMON},
+            "settings": {**method.settings(), **COMMON, "precision": recipe_cells.precision()},
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "date": datetime.date.today().isoformat(),
         }
         if cell.method == "teacher":
             save(model, self.weights(cell))
-        write(self.path(cell), json.dumps(result, indent=1) + "\n")
+        write(self.again(cell) if self.done(cell) else self.path(cell), json.dumps(result, indent=1) + "\n")
         return result
 
 
 COMMON = {
-    "precision": "bf16",
     "optimizer": "AdamW, weight decay 0.01 on matrices",
     "schedule": "linear, 10% warm-up",
     "max_grad_norm": 1.0,

@@ -13,7 +13,6 @@ from recipe_cells import KD, Distilled, Method, Recipe, Supervised, Teacher, Wor
 from recipe_models import LAYERS, shorten
 from torch import nn
 
-import textbrewer
 from textbrewer import data_utils
 
 HIDDEN = [  # hidden state 0 is the embeddings, so 2, 4 and 6 are the outputs of layers 1, 3 and 5
@@ -21,34 +20,6 @@ HIDDEN = [  # hidden state 0 is the embeddings, so 2, 4 and 6 are the outputs of
     for layer in range(len(LAYERS) + 1)
 ]
 COPIES = 2  # of each row, augmented
-
-
-@dataclass(frozen=True)
-class SeveralTeachers(Method):
-    """The recipe with hidden states of the own teacher, and the logits of three teachers.
-
-    Args:
-        target: what the student learns from the teachers' logits.
-    """
-
-    target: str = "mean_logits"
-    teachers: int = 3
-
-    def settings(self) -> dict[str, Any]:
-        """Return what else to note with a result."""
-        return {**super().settings(), "target": self.target}
-
-    def fit(self, work: Work) -> Any:
-        """Train, and return the model."""
-        student = work.student(self)
-        # The hidden states are those of the teacher whose layers the student starts as: it comes first.
-        learn = textbrewer.DistillationConfig(**KD, intermediate_matches=[dict(match) for match in HIDDEN])
-        distiller = textbrewer.MultiTeacherDistiller(
-            work.config(), learn, work.teachers, student, "auto", "auto", target=self.target
-        )
-        with distiller:
-            distiller.train(**work.arguments(student))
-        return student
 
 
 class Mean(nn.Module):
@@ -184,7 +155,9 @@ METHODS: dict[str, Method] = {
         "deep mutual learning", "deep-mutual-learning", options={"is_caching_logits": False}
     ),
     "dist": recipe("KD with DIST", "kd", options={"loss": "dist"}),
-    "several-teachers": SeveralTeachers("three teachers: KD and hidden states"),
+    # The layers are those of the student's own teacher, whose layers it starts as.
+    "several-teachers": recipe("three teachers: KD and hidden states", "hidden", teachers=3),
+    "several-cofi": recipe("three teachers: CoFi's dynamic matching", "cofi-dynamic", teachers=3),
     "ensemble": Ensemble("ensemble of the three teachers"),
     "unlabelled": MoreText("KD and hidden states, more unlabelled text", recipe="hidden", source="unlabelled"),
     "augmented": MoreText("KD and hidden states, augmented text", recipe="hidden", source="augmented"),

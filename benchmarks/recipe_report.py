@@ -43,9 +43,10 @@ other work ran on the machine: orders, not figures.
 3 and 5, with its embeddings, pooler and classifier; for "{baseline}" those of the model before fine-tuning, with a new
 classifier. The student of a seed learns from the teacher of that seed. RTE's models compare two vectors: see below.
 
-**Training.** AdamW, weight decay 0.01 on matrices, linear schedule with 10% warm-up, gradient norm at most 1,
-bfloat16 mixed precision on the CPU. All trainings of a task take the same number of steps, a recipe's
-stages together too. The last step counts, none is picked.
+**Training.** AdamW, weight decay 0.01 on matrices, linear schedule with 10% warm-up, gradient norm at most 1.
+{precisions}
+All trainings of a task take the same number of steps, a recipe's stages together too. The last step counts, none is
+picked.
 
 **Learning rates.** Chosen for each task and method with a tenth of the training rows, which were kept out of the
 training of the sweep's teachers and students for it; the dev and test rows were used for the final figures only.
@@ -64,7 +65,7 @@ def write(grid: Grid, folder: Path) -> None:
     """
     latencies = read_latencies(grid)
     parts = [
-        introduction(),
+        introduction(grid),
         "## What it shows\n",
         VERDICTS,
         verdicts(grid),
@@ -114,7 +115,7 @@ unless said otherwise; the chosen one in bold. Equals go to the lower rate. One 
 """
 
 
-def introduction() -> str:
+def introduction(grid: Grid) -> str:
     """Return what was done."""
     found = []
     for task in TASKS.values():
@@ -124,7 +125,27 @@ def introduction() -> str:
     titles = {"baseline": METHODS[BASELINE].title, "borrowed": METHODS[BORROWED].title}
     others = [(task.title, TASKS[task.rates_of].title) for task in TASKS.values() if task.rates_of is not None]
     rates_of = "; ".join(f"{mine} takes the rates of {theirs}" for mine, theirs in others)
-    return INTRODUCTION.format(tasks="; ".join(found), rates_of=rates_of, **titles)
+    return INTRODUCTION.format(tasks="; ".join(found), rates_of=rates_of, precisions=precisions(grid), **titles)
+
+
+def precisions(grid: Grid) -> str:
+    """Return in which precisions the trainings were, and how the teachers of both differ."""
+    tasks = [(task, method) for task in TASKS for method in METHODS]
+    results = [result for task, method in tasks for result in grid.finals(task, method).values()]
+    single = sum(result["settings"].get("precision") == "no" for result in results)
+    text = "bfloat16 mixed precision on CPUs with such products, elsewhere float32: "
+    text += f"{single} of {len(results)} final trainings were in float32."
+    deltas = []
+    for task in TASKS:
+        for seed, first in grid.finals(task, "teacher").items():
+            path = grid.again(Cell(task, "teacher", seed))
+            second = json.loads(path.read_text(encoding="utf-8")) if path.exists() else first
+            if (first["settings"].get("precision"), second["settings"].get("precision")) == ("bf16", "no"):
+                deltas.append(second["score"] - first["score"])
+    if len(deltas) > 1:
+        text += f" The {len(deltas)} teachers trained in both scored {mean(deltas):+.2f} points more in float32"
+        text += f" (standard deviation {stdev(deltas):.2f}); a student's file has the score of its own one."
+    return text
 
 
 # ---- numbers

@@ -6,12 +6,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from recipe_grid import Grid
-from recipe_methods import METHODS, Ensemble, MoreText, SeveralTeachers
+from recipe_methods import METHODS, MoreText
 from recipe_models import LAYERS
 from recipe_tasks import TASKS
 
 BASELINE, FINE_TUNED = "pretrained", "finetuned"
 FIVE = [name for name, task in TASKS.items() if not task.headline]
+SEVERAL = {"several-teachers": "hidden", "several-cofi": "cofi-dynamic"}  # and the same recipe with one teacher
 LEAST_GAIN, HALF, QUARTER = 1.5, 98.0, 95.0
 
 
@@ -42,7 +43,8 @@ def recipes_of_one_teacher() -> list[str]:
         and name not in (FINE_TUNED, "teacher")
         and method.layers == LAYERS
         and method.width is None
-        and not isinstance(method, (SeveralTeachers, Ensemble, MoreText))
+        and method.teachers == 1
+        and not isinstance(method, MoreText)
     ]
 
 
@@ -98,44 +100,59 @@ def against_baselines(grid: Grid) -> list[str]:
 
 
 def several_teachers(grid: Grid) -> list[str]:
-    """Return how the student of three teachers does beside students of one, and beside the ensemble.
+    """Return how students of three teachers do beside students of one, and beside the ensemble.
 
-    Beside that of the same recipe, and beside the best one of any recipe; each on the seeds that both have.
+    Each recipe beside itself with one teacher, and the best of them beside the best of one teacher in any recipe; each
+    on the seeds that both have.
     """
-    among = {
-        "the student of one in the same recipe": ["hidden"],
-        "the best of one in any recipe": recipes_of_one_teacher(),
-    }
-    lines = [line for what, methods in among.items() if (line := _beside(grid, what, methods))]
-    if not lines:
+    lines = [
+        _beside(grid, [several], [single], f"The student of three teachers in {METHODS[single].title}", "that of one")
+        for several, single in SEVERAL.items()
+    ]
+    best = "the best of one in any recipe"
+    lines.append(_beside(grid, list(SEVERAL), recipes_of_one_teacher(), "The best student of three teachers", best))
+    found = [line for line in lines if line]
+    if not found:
         return ["- Several teachers: nothing is there yet."]
-    lines[-1] += " (The best of many recipes with two or three seeds each owes something to luck.)"
-    return lines
+    found[-1] += " (The best of many recipes with two or three seeds each owes something to luck.)"
+    return found
 
 
-def _beside(grid: Grid, what: str, methods: list[str]) -> str | None:
-    """Return the comparison with the best of some methods, ``None`` if there is nothing to compare."""
+def _beside(grid: Grid, several: list[str], single: list[str], whose: str, what: str) -> str | None:
+    """Return the comparison of the best of some methods with the best of others, ``None`` if nothing is there.
+
+    Args:
+        grid: the results.
+        several: methods with three teachers.
+        single: methods with one.
+        whose: who is compared, in words.
+        what: with whom, in words.
+    """
     good, each = 0, []
     for task in FIVE:
-        several, together = scores(grid, task, "several-teachers"), scores(grid, task, "ensemble")
+        together = scores(grid, task, "ensemble")
+        # Of a single seed only where there is no other: the best of many single figures would be luck.
+        least = min(2, max([1, *(len(scores(grid, task, name)) for name in several)]))
         pairs = []
-        for name in methods:
-            single = scores(grid, task, name)
-            # Of a single seed only where there is no other: the best of many single figures would be luck.
-            if len(both := sorted(several.keys() & single.keys())) >= min(2, max(1, len(several))):
-                pairs.append((mean(single[seed] for seed in both), mean(several[seed] for seed in both), len(both)))
+        for name in single:
+            one = scores(grid, task, name)
+            own = [
+                (mean(found[seed] for seed in both), both)
+                for found in (scores(grid, task, other) for other in several)
+                if len(both := sorted(found.keys() & one.keys())) >= least
+            ]
+            if own:
+                best, both = max(own)
+                pairs.append((mean(one[seed] for seed in both), best, len(both)))
         if not pairs:
             continue
-        single_mean, own, seeds = max(pairs)
-        good += own >= single_mean
+        one_mean, best, seeds = max(pairs)
+        good += best >= one_mean
         ensemble = "" if not together else f", ensemble {mean(together.values()):.1f}"
-        each.append(f"{TASKS[task].title} {own:.1f} and {single_mean:.1f} (seeds: {seeds}){ensemble}")
+        each.append(f"{TASKS[task].title} {best:.1f} and {one_mean:.1f} (seeds: {seeds}){ensemble}")
     if not each:
         return None
-    return (
-        f"- The student of three teachers is at least as good as {what} on 3 tasks: {'; '.join(each)}: "
-        f"on {good}, {mark(good >= 3)}."
-    )
+    return f"- {whose} is at least as good as {what} on 3 tasks: {'; '.join(each)}: on {good}, {mark(good >= 3)}."
 
 
 def shares(grid: Grid) -> list[str]:

@@ -87,7 +87,9 @@ def test_a_lost_cell_is_trained_alone_and_equals_the_first(recipes, finished, ca
         finished / "results" / "trec" / "kd-seed0.json",
         finished / "trec" / "teacher-seed0" / "model.pt",
     )
+    teacher = path.with_name("teacher-seed0.json")
     before, times = json.loads(path.read_text()), ("seconds", "wall_seconds")
+    its_result = teacher.read_bytes()
     path.unlink()
     weights.unlink()
     assert recipes.main(arguments(finished)) == 0
@@ -96,6 +98,13 @@ def test_a_lost_cell_is_trained_alone_and_equals_the_first(recipes, finished, ca
     assert {key: value for key, value in after.items() if key not in times} == {
         key: value for key, value in before.items() if key not in times
     }
+    # The teacher's first result stays; the second one is that of the weights.
+    again = teacher.parent / "again" / teacher.name
+    assert teacher.read_bytes() == its_result
+    again.write_text(json.dumps({**json.loads(again.read_text()), "score": 12.5}))
+    path.unlink()
+    assert recipes.main(arguments(finished)) == 0
+    assert json.loads(path.read_text())["teacher_score"] == 12.5
 
 
 def test_a_locked_cell_is_left_to_the_other_process(recipes, finished):
@@ -168,14 +177,27 @@ def test_several_teachers_meet_the_best_of_one_on_the_seeds_that_both_have(recip
     several, hidden = [90, 91, 92], [90, 90, 90]
     # One seed alone does not count; of two, those are compared with the same two.
     scores = {"several-teachers": several, "hidden": hidden, "tinybert": [95], "dist": [91, 90.5], "ensemble": [93]}
-    for task in ("sst2", "trec", "wikiann"):
-        (tmp_path / task).mkdir()
-        for method, found in scores.items():
-            for seed, score in enumerate(found):
-                (tmp_path / task / f"{method}-seed{seed}.json").write_text(json.dumps({"score": score}))
+
+    def write(scores):
+        for task in ("sst2", "trec", "wikiann"):
+            (tmp_path / task).mkdir(exist_ok=True)
+            for method, found in scores.items():
+                for seed, score in enumerate(found):
+                    (tmp_path / task / f"{method}-seed{seed}.json").write_text(json.dumps({"score": score}))
+
+    write(scores)
     grid = importlib.import_module("recipe_grid").Grid(tmp_path, tmp_path, tmp_path, "")
-    same_recipe, any_recipe = importlib.import_module("recipe_verdicts").several_teachers(grid)
+    several_teachers = importlib.import_module("recipe_verdicts").several_teachers
+    same_recipe, any_recipe = several_teachers(grid)
     assert same_recipe.endswith(": on 3, met.")
     assert "SST-2 91.0 and 90.0 (seeds: 3), ensemble 93.0" in same_recipe
     assert ": on 0, **not met**." in any_recipe
     assert "SST-2 90.5 and 90.8 (seeds: 2), ensemble 93.0" in any_recipe
+    # Of two recipes with several teachers the better one counts, and each is compared with itself.
+    write({"several-cofi": [90, 92.5], "cofi-dynamic": [91, 92]})
+    _, cofi, any_recipe = several_teachers(grid)
+    assert "in CoFi's dynamic matching is" in cofi
+    assert "SST-2 91.2 and 91.5 (seeds: 2)" in cofi
+    assert "SST-2 91.2 and 91.5 (seeds: 2)" in any_recipe
+    write({"several-cofi": [92, 92.5]})
+    assert ": on 3, met." in several_teachers(grid)[2]
