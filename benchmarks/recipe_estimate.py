@@ -10,6 +10,7 @@ from typing import Any
 
 import recipe_models
 import torch
+from recipe_cells import precision
 from recipe_grid import Cell, Grid
 from recipe_methods import METHODS
 from recipe_tasks import TASKS
@@ -27,8 +28,9 @@ class Estimate:
         self._measured: dict[str, float] = {}
 
     def finished(self) -> list[dict[str, Any]]:
-        """Return all results."""
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.grid.results.rglob("*-*.json"))]
+        """Return all results in this machine's precision; the others tell nothing about its speed."""
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.grid.results.rglob("*-*.json"))]
+        return [result for result in found if result["settings"].get("precision") == precision()]
 
     def of(self, cells: Iterable[Cell]) -> float:
         """Return the seconds that the cells take one after another."""
@@ -61,7 +63,7 @@ class Estimate:
             seconds = []
             for batch in [chosen[0], *chosen]:
                 start = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision() == "bf16"):
                     loss = model(**batch).loss
                 loss.backward()
                 optimizer.step()

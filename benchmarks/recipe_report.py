@@ -90,8 +90,8 @@ def write(grid: Grid, folder: Path) -> None:
 
 VERDICTS = """\
 The spread is the larger of the two standard deviations over the seeds. Recipes have default settings, and one learning
-rate a task: that found for "KD and hidden states". The published ones have two seeds so far: among these figures a
-difference of less than a point or two is none.
+rate a task: that found for "KD and hidden states". Most of them have two or three seeds: a difference of less than a
+point or two is none.
 """
 
 REMARKS = """\
