@@ -30,7 +30,7 @@ class Estimate:
     def finished(self) -> list[dict[str, Any]]:
         """Return all results in this machine's precision; the others tell nothing about its speed."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.grid.results.rglob("*-*.json"))]
-        return [result for result in found if result["settings"].get("precision") == precision()]
+        return [result for result in found if result.get("settings", {}).get("precision") == precision()]
 
     def of(self, cells: Iterable[Cell]) -> float:
         """Return the seconds that the cells take one after another."""
