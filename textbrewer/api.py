@@ -51,6 +51,7 @@ def distill(
     adaptor_T: Adaptor | str | Sequence[Adaptor | str] = "auto",
     adaptor_S: Adaptor | str = "auto",
     target: str | Sequence[Any] | None = None,
+    kd_loss_type: str | list[Any] | None = None,
     teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
     is_caching_logits: bool = False,
     train_config: TrainingConfig | None = None,
@@ -87,6 +88,9 @@ def distill(
         adaptor_S: what the student's outputs mean, likewise.
         target: how several teachers become one KD loss, as for :class:`MultiTeacherDistiller`; ``None``: by the mean of
             their logits.
+        kd_loss_type: another loss between the logits, in all stages that compare probabilities of classes: ``"mse"``
+            for a regression (with temperature 1), ``"sigmoid"`` where a row has several classes; ``None``: the
+            recipe's.
         teacher_cache: where the teacher's outputs are stored and found again, see ``GeneralDistiller``. Only for the
             run's own teacher: another one that a recipe trains on the way is not stored.
         is_caching_logits: keep what each stage needs of the teacher's outputs in main memory, see
@@ -116,12 +120,16 @@ def distill(
     checks.number(rate, "learning_rate", above=0)
     teachers, adaptors, blend = _teachers(teacher, adaptor_T, target)
     pupil, stages = _stages(recipe, teachers, student, settings)
+    _refuse_for_peers(recipe, stages, len(teachers), teacher_cache is not None or is_caching_logits)
+    if kd_loss_type is not None:
+        stages = recipes.with_kd_loss(stages, kd_loss_type, recipe)
     accumulation = config.gradient_accumulation_steps
     if not callable(make := make_optimizer if optimizer is None else optimizer):
         raise TypeError(f"optimizer must be a function (model, learning_rate) -> optimizer, got {make!r}")
     lengths, a_pass = lengths_of(stages, engine.size_of(dataloader), num_epochs, num_steps, accumulation)
     record = {"recipe": recipe, "settings": _plain(settings), "steps": lengths, "rate": rate}
     record |= {"accumulation": accumulation, "max_grad_norm": max_grad_norm, **_models(teachers, pupil)}
+    record |= _plain({"kd_loss_type": kd_loss_type})
     record |= _plain({"target": blend}) if len(teachers) > 1 else {}
     began = _begin(Path(output_dir), record, resume)
     arguments = {"dataloader": dataloader, "scheduler_class": LambdaLR, "max_grad_norm": max_grad_norm}
@@ -179,12 +187,22 @@ def _stages(
             "precision in train_config for a training in half precision"
         )
     try:
-        stages = make(teachers[0], student, **settings)
+        return student, make(teachers[0], student, **settings)
     except TypeError as error:
         raise TypeError(f"recipe {recipe!r}: {error}") from error
-    if len(teachers) > 1 and any(stage.peers for stage in stages):
-        raise ValueError(f"recipe {recipe!r} has no stage that is taught, give one teacher; got {len(teachers)}")
-    return student, stages
+
+
+def _refuse_for_peers(recipe: str, stages: list[Stage], teachers: int, caches: bool) -> None:
+    """Raise ValueError where all models of a stage learn, and there are several teachers or caches of their outputs."""
+    if not any(stage.peers for stage in stages):
+        return
+    if teachers > 1:
+        raise ValueError(f"recipe {recipe!r} has no stage that is taught, give one teacher; got {teachers}")
+    if caches:
+        raise ValueError(
+            f"teacher_cache and is_caching_logits are not for recipe {recipe!r}, whose models all change at every "
+            "step; leave them out"
+        )
 
 
 def _models(teachers: Sequence[nn.Module], student: nn.Module) -> dict[str, str]:

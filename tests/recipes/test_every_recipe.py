@@ -70,6 +70,10 @@ def test_outputs_stored_on_disk_change_nothing(recipe, tmp_path):
     pytest.importorskip("lmdb")
     plain = weights(distil(recipe, tmp_path / "plain"))
     cache = TeacherCache(tmp_path / "cache", dtype="float32")
+    if recipe == "deep-mutual-learning":
+        with pytest.raises(ValueError, match="whose models all change at every step; leave them out"):
+            distil(recipe, tmp_path / "stored", teacher_cache=cache)
+        return
     assert largest_difference(weights(distil(recipe, tmp_path / "stored", teacher_cache=cache)), plain) < 1e-4
 
 
@@ -77,6 +81,10 @@ def test_outputs_stored_on_disk_change_nothing(recipe, tmp_path):
 def test_outputs_kept_in_memory_change_nothing(recipe, tmp_path):
     # Of a single batch, since the order of kept batches is drawn anew.
     data = {"dataloader": batches(1), "num_epochs": 8}
+    if recipe == "deep-mutual-learning":
+        with pytest.raises(ValueError, match="whose models all change at every step; leave them out"):
+            distil(recipe, tmp_path / "kept", is_caching_logits=True, **data)
+        return
     plain = weights(distil(recipe, tmp_path / "plain", **data))
     assert largest_difference(weights(distil(recipe, tmp_path / "kept", is_caching_logits=True, **data)), plain) < 1e-6
 

@@ -14,14 +14,11 @@ from textbrewer import checks
 from textbrewer.adaptors import Views
 from textbrewer.configurations import DistillationConfig
 from textbrewer.distillers import heads
+from textbrewer.losses.softened import OF_CLASSES
 from textbrewer.losses.widths import width_rule_of
 from textbrewer.matching import PlannedMatch, select, teacher_feature
 from textbrewer.teacher_cache.contents import form_of_match
 
-# The library's losses that are 0, or without a gradient, where there is one class.
-_OF_CLASSES = frozenset(
-    ("ce", "kl", "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation")
-) | {"dkd", "nkd", "dist", "wsld"}
 # What torch says on a CPU of a class without a logit, and of a number without a row in an embedding.
 _NO_CLASS = re.compile(r"[Tt]arget -?\d+ is out of bounds")
 _NO_ROW = re.compile(r"index out of range in self")
@@ -38,7 +35,7 @@ def check(
         KeyError, IndexError: if a feature or layer is missing.
     """
     check_labels(results_S)
-    check_single_logits(results_S, config)
+    check_classes(results_S, config)
     warn_without_losses(results_S, config.hard_label_weight)
     for results in results_T:
         check_masks(results_S, results)
@@ -55,16 +52,36 @@ def check(
             check_widths(planned, _first(feature_S), _first(feature_T))
 
 
-def check_single_logits(results_S: Views, config: DistillationConfig) -> None:
-    """Raise ValueError if logits of one number, as of a regression, meet a loss whose softmax makes 1 of each."""
+def check_classes(results_S: Views, config: DistillationConfig) -> None:
+    """Check that a loss between probabilities of classes that exclude each other meets logits of such classes.
+
+    Warns where a row's labels say several classes at once, or none.
+
+    Raises:
+        ValueError: if logits are of one number, as of a regression: the softmax makes 1 of each.
+    """
     kind = config.kd_loss_type if isinstance(config.kd_loss_type, str) else config.kd_loss_type[0]
-    single = any(head.shape[-1] == 1 for head in results_S.get("logits", []))
-    if single and config.kd_loss_weight and kind in _OF_CLASSES:
+    if not config.kd_loss_weight or kind not in OF_CLASSES:
+        return
+    logits, labels = results_S.get("logits", []), results_S.get("labels", [])
+    if any(head.shape[-1] == 1 for head in logits):
         raise ValueError(
             f"kd_loss_type={kind!r} compares probabilities of classes, and logits of a single number have none: it "
-            "would teach nothing; use 'mse' with temperature=1 for a regression (recipe 'kd': loss='mse'), 'sigmoid' "
-            "for a yes or no"
+            "would teach nothing; use 'mse' with temperature=1 for a regression (textbrewer.distill: "
+            "kd_loss_type='mse'), 'sigmoid' for a yes or no"
         )
+    if any(map(_several_at_once, labels, logits)):
+        checks.warn(
+            f"kd_loss_type={kind!r} compares probabilities of classes that exclude each other, and by the labels a row "
+            "may have several, or none; use 'sigmoid' (textbrewer.distill: kd_loss_type='sigmoid')"
+        )
+
+
+def _several_at_once(label: Tensor, head: Tensor) -> bool:
+    """Return whether labels are a number for each class, and not a distribution over them."""
+    if not label.is_floating_point() or label.shape != head.shape:
+        return False
+    return bool(((label.float().sum(-1) - 1).abs() > 1e-2).any())
 
 
 def warn_without_losses(results_S: Views, hard_label_weight: float) -> None:

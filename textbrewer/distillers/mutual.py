@@ -144,6 +144,8 @@ class MutualStep:
             if "logits" not in views:
                 raise KeyError(f"mutual learning needs 'logits' of each student, one returned only {sorted(views)}")
             if self._first:
+                first_step.check_labels(views)
+                first_step.check_classes(views, self.config)
                 first_step.warn_without_losses(views, self.config.hard_label_weight)
         self._first = False
         now = terms.scheduled(self.config, progress, share)

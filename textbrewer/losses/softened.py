@@ -17,6 +17,7 @@ from textbrewer import checks
 from textbrewer.losses.masking import clear_masked, full_precision, position_weights, same_shape, weighted_mean
 
 __all__ = [
+    "OF_CLASSES",
     "Softened",
     "log_distributions",
     "lowest",
@@ -27,6 +28,11 @@ __all__ = [
     "with_labels",
 ]
 
+
+OF_CLASSES = frozenset(
+    ("ce", "kl", "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation")
+) | {"dkd", "nkd", "dist", "wsld"}
+"""The library's losses between probabilities of classes that exclude each other, constant where there is one."""
 
 _SAME_CLASSES = "both models must score the same classes at the same positions"
 

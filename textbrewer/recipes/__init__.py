@@ -4,6 +4,6 @@
 from textbrewer.recipes import annealing, chains, classic, dynamic, kd, minilm, mobilebert, pkd, tinybert  # noqa: F401
 from textbrewer.recipes.lengths import lengths_of
 from textbrewer.recipes.optimisation import make_optimizer
-from textbrewer.recipes.stage import RECIPES, Recipe, Stage, get
+from textbrewer.recipes.stage import RECIPES, Recipe, Stage, get, with_kd_loss
 
-__all__ = ["RECIPES", "Recipe", "Stage", "get", "lengths_of", "make_optimizer"]
+__all__ = ["RECIPES", "Recipe", "Stage", "get", "lengths_of", "make_optimizer", "with_kd_loss"]

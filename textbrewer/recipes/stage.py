@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,10 +11,11 @@ from torch import nn
 from textbrewer import checks
 from textbrewer.configurations import DistillationConfig
 from textbrewer.hooks.forward import is_encoder_decoder
+from textbrewer.losses.softened import OF_CLASSES
 from textbrewer.matching import number_of_layers
-from textbrewer.registry import Registry
+from textbrewer.registry import Registry, name_of
 
-__all__ = ["RECIPES", "Recipe", "Stage", "attention_loss", "depths", "get", "is_causal", "width_of"]
+__all__ = ["RECIPES", "Recipe", "Stage", "attention_loss", "depths", "get", "is_causal", "width_of", "with_kd_loss"]
 
 RECIPES = Registry("recipe")
 """Recipes: ``f(teacher, student, **settings) -> [Stage, ...]``."""
@@ -64,6 +65,32 @@ def get(name: str) -> Recipe:
     """
     recipe: Recipe = RECIPES[name]
     return recipe
+
+
+def with_kd_loss(stages: Sequence[Stage], loss: str | list[Any], recipe: str) -> list[Stage]:
+    """Return a recipe's stages with another loss between the logits, in place of that between probabilities of classes.
+
+    ``"mse"`` comes with temperature 1: the outputs of a regression are compared as they are.
+
+    Args:
+        stages: the recipe's.
+        loss: a name of ``KD_LOSS_MAP`` or ``[name, {constant: value}]``.
+        recipe: its name, for messages.
+
+    Raises:
+        ValueError: if the loss is unknown, or no stage has one to replace.
+    """
+    of_classes = [bool(it.config.kd_loss_weight) and name_of(it.config.kd_loss_type) in OF_CLASSES for it in stages]
+    if not any(of_classes):
+        raise ValueError(
+            f"kd_loss_type={loss!r} would replace a loss between probabilities of classes, and recipe {recipe!r} has "
+            "none here; leave it out"
+        )
+    given: dict[str, Any] = {"kd_loss_type": loss} | ({"temperature": 1.0} if loss == "mse" else {})
+    return [
+        replace(stage, config=replace(stage.config, **given)) if other else stage
+        for stage, other in zip(stages, of_classes, strict=True)
+    ]
 
 
 def depths(teacher: nn.Module, student: nn.Module, recipe: str) -> tuple[int, int]:
