@@ -121,16 +121,14 @@ def distill(
     teachers, adaptors, blend = _teachers(teacher, adaptor_T, target)
     pupil, stages = _stages(recipe, teachers, student, settings)
     _refuse_for_peers(recipe, stages, len(teachers), teacher_cache is not None or is_caching_logits)
-    if kd_loss_type is not None:
-        stages = recipes.with_kd_loss(stages, kd_loss_type, recipe)
+    stages = recipes.with_kd_loss(stages, kd_loss_type, recipe)
     accumulation = config.gradient_accumulation_steps
     if not callable(make := make_optimizer if optimizer is None else optimizer):
         raise TypeError(f"optimizer must be a function (model, learning_rate) -> optimizer, got {make!r}")
     lengths, a_pass = lengths_of(stages, engine.size_of(dataloader), num_epochs, num_steps, accumulation)
     record = {"recipe": recipe, "settings": _plain(settings), "steps": lengths, "rate": rate}
     record |= {"accumulation": accumulation, "max_grad_norm": max_grad_norm, **_models(teachers, pupil)}
-    record |= _plain({"kd_loss_type": kd_loss_type})
-    record |= _plain({"target": blend}) if len(teachers) > 1 else {}
+    record |= _plain({"kd_loss_type": kd_loss_type} | ({"target": blend} if len(teachers) > 1 else {}))
     began = _begin(Path(output_dir), record, resume)
     arguments = {"dataloader": dataloader, "scheduler_class": LambdaLR, "max_grad_norm": max_grad_norm}
     run = StageTraining(
@@ -139,11 +137,17 @@ def distill(
     )
     for number, (stage, steps) in enumerate(zip(stages, lengths, strict=True), 1):
         logger.info("%s, stage %d of %d: %s, %d steps", recipe, number, len(stages), stage.name, steps)
-        name, every = f"{number}-{stage.name}", config.ckpt_steps or min(steps, a_pass)
-        log_dir = None if config.log_dir is None else os.path.join(config.log_dir, name)
-        place = dataclasses.replace(config, output_dir=str(Path(output_dir) / name), log_dir=log_dir, ckpt_steps=every)
-        run.train(stage, steps, place, began)
+        own = _of_stage(config, Path(output_dir), f"{number}-{stage.name}", min(steps, a_pass))
+        run.train(stage, steps, own, began)
     return pupil
+
+
+def _of_stage(config: TrainingConfig, folder: Path, name: str, every: int) -> TrainingConfig:
+    """Return a stage's configuration: with folders of its own, and a checkpoint each so many steps by default."""
+    log_dir = None if config.log_dir is None else os.path.join(config.log_dir, name)
+    return dataclasses.replace(
+        config, output_dir=str(folder / name), log_dir=log_dir, ckpt_steps=config.ckpt_steps or every
+    )
 
 
 def _teachers(

@@ -67,19 +67,21 @@ def get(name: str) -> Recipe:
     return recipe
 
 
-def with_kd_loss(stages: Sequence[Stage], loss: str | list[Any], recipe: str) -> list[Stage]:
+def with_kd_loss(stages: Sequence[Stage], loss: str | list[Any] | None, recipe: str) -> list[Stage]:
     """Return a recipe's stages with another loss between the logits, in place of that between probabilities of classes.
 
     ``"mse"`` comes with temperature 1: the outputs of a regression are compared as they are.
 
     Args:
         stages: the recipe's.
-        loss: a name of ``KD_LOSS_MAP`` or ``[name, {constant: value}]``.
+        loss: a name of ``KD_LOSS_MAP`` or ``[name, {constant: value}]``; ``None``: the stages stay as they are.
         recipe: its name, for messages.
 
     Raises:
         ValueError: if the loss is unknown, or no stage has one to replace.
     """
+    if loss is None:
+        return list(stages)
     of_classes = [bool(it.config.kd_loss_weight) and name_of(it.config.kd_loss_type) in OF_CLASSES for it in stages]
     if not any(of_classes):
         raise ValueError(
