@@ -158,6 +158,8 @@ METHODS: dict[str, Method] = {
     # The layers are those of the student's own teacher, whose layers it starts as.
     "several-teachers": recipe("three teachers: KD and hidden states", "hidden", teachers=3),
     "several-cofi": recipe("three teachers: CoFi's dynamic matching", "cofi-dynamic", teachers=3),
+    # Of its teachers' size, as in TextBrewer's comparison with an ensemble.
+    "several-whole": recipe("three teachers: KD, a student of 6 layers", "kd", teachers=3, layers=tuple(range(6))),
     "ensemble": Ensemble("ensemble of the three teachers"),
     "unlabelled": MoreText("KD and hidden states, more unlabelled text", recipe="hidden", source="unlabelled"),
     "augmented": MoreText("KD and hidden states, augmented text", recipe="hidden", source="augmented"),

@@ -204,3 +204,5 @@ def test_several_teachers_meet_the_best_of_one_on_the_seeds_that_both_have(recip
     assert "SST-2 91.2 and 91.5 (seeds: 2)" in any_recipe
     write({"several-cofi": [92, 92.5]})
     assert ": on 3, met." in several_teachers(grid)[2]
+    write({"several-whole": [94, 95], "teacher": [90, 93, 94]})
+    assert "SST-2 94.5, 93.0 and 91.5 (seeds: 2); TREC 94.5" in several_teachers(grid)[3]
