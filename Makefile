@@ -41,10 +41,11 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(DEMO): $(PINS) | $(VENV)/bin/pip
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[demo]'
+	$(RUN) -m pip install --quiet --use-pep517 -c constraints.txt -e '.[demo]'
 	@touch $@
 
+# --use-pep517: the pip that comes with Python 3.10 would else build source packages (seqeval) in a way that fails.
 # The development set holds the demo's, so it counts for both.
 $(DEV): $(PINS) | $(VENV)/bin/pip
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --quiet --use-pep517 -c constraints.txt -e '.[dev]'
 	@touch $(DEMO) $@

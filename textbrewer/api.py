@@ -137,16 +137,15 @@ def distill(
     )
     for number, (stage, steps) in enumerate(zip(stages, lengths, strict=True), 1):
         logger.info("%s, stage %d of %d: %s, %d steps", recipe, number, len(stages), stage.name, steps)
-        own = _of_stage(config, Path(output_dir), f"{number}-{stage.name}", min(steps, a_pass))
-        run.train(stage, steps, own, began)
+        run.train(stage, steps, _of_stage(config, output_dir, f"{number}-{stage.name}", min(steps, a_pass)), began)
     return pupil
 
 
-def _of_stage(config: TrainingConfig, folder: Path, name: str, every: int) -> TrainingConfig:
+def _of_stage(config: TrainingConfig, folder: str | os.PathLike[str], name: str, every: int) -> TrainingConfig:
     """Return a stage's configuration: with folders of its own, and a checkpoint each so many steps by default."""
     log_dir = None if config.log_dir is None else os.path.join(config.log_dir, name)
     return dataclasses.replace(
-        config, output_dir=str(folder / name), log_dir=log_dir, ckpt_steps=config.ckpt_steps or every
+        config, output_dir=os.path.join(folder, name), log_dir=log_dir, ckpt_steps=config.ckpt_steps or every
     )
 
 

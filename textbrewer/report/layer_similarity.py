@@ -143,7 +143,8 @@ def plot_layer_similarity(result: LayerSimilarity, path: str | Path) -> None:
     axes.set_yticks([row - 0.5 for row in range(1, rows)], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
-    figure.colorbar(image, ax=axes, label="0: unlike, 1: alike").outline.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, label="0: unlike, 1: alike")
+    bar.ax.spines["outline"].set_visible(False)
     figure.supxlabel(f"framed: best of each row; {result.positions:,} positions", size=8, color="dimgray")
     figure.savefig(path, dpi=150, format="png")
 
