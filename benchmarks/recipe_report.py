@@ -133,7 +133,7 @@ def precisions(grid: Grid) -> str:
     tasks = [(task, method) for task in TASKS for method in METHODS]
     results = [result for task, method in tasks for result in grid.finals(task, method).values()]
     single = sum(result["settings"].get("precision") == "no" for result in results)
-    text = "bfloat16 mixed precision on CPUs with such products, elsewhere float32: "
+    text = "Mixed precision, bfloat16, on CPUs with such products, elsewhere float32: "
     text += f"{single} of {len(results)} final trainings were in float32."
     deltas = []
     for task in TASKS:
@@ -143,7 +143,7 @@ def precisions(grid: Grid) -> str:
             if (first["settings"].get("precision"), second["settings"].get("precision")) == ("bf16", "no"):
                 deltas.append(second["score"] - first["score"])
     if len(deltas) > 1:
-        text += f" The {len(deltas)} teachers trained in both scored {mean(deltas):+.2f} points more in float32"
+        text += f" The {len(deltas)} teachers trained in both differ by {mean(deltas):+.2f} points in float32"
         text += f" (standard deviation {stdev(deltas):.2f}); a student's file has the score of its own one."
     return text
 
